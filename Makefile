@@ -1,0 +1,47 @@
+# The two commands: `make demo` trains and verifies on real digits, `make test` runs all tests.
+# Both make their own virtual environment, one per torch version, and build what they need.
+#   TORCH=2.15 chooses another of requirements/torch-*.txt; QUICK=1 shortens the demo.
+TORCH ?= 2.11
+PYTHON ?= python3
+VENV := .venv/torch-$(TORCH)
+BUILD := $(CURDIR)/build/torch-$(TORCH)
+BIN := $(CURDIR)/$(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: all setup install test test-cpp test-python demo bench lint format clean
+all: install
+
+$(VENV)/.installed: requirements/torch-$(TORCH).txt requirements/build.txt requirements/test.txt requirements/demo.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "torchmargin needs Python 3.10 or newer"; exit 1; }
+	@command -v cmake >/dev/null || { echo "torchmargin needs CMake (package cmake)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "torchmargin needs Python's venv (Debian: package python3-venv)"; exit 1; }
+	$(BIN)/pip install --quiet $(foreach file,$^,-r $(file))
+	@touch $@
+
+setup: $(VENV)/.installed
+
+# Compiles what changed (the build folder is kept) and installs the package.
+install: setup
+	PATH="$(BIN):$$PATH" TORCHMARGIN_BUILD_DIR="$(BUILD)" TORCHMARGIN_CMAKE_ARGS="-DTORCHMARGIN_BUILD_TESTS=ON" \
+	  $(BIN)/pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+
+test: test-cpp test-python
+
+test-cpp: install
+	ctest --test-dir $(BUILD) --output-on-failure
+
+test-python: install
+	$(BIN)/python -m pytest -q tests/python
+
+demo: install
+	$(BIN)/python -m torchmargin.demo $(if $(QUICK),--quick) $(DEMO_ARGS)
+
+bench: install
+	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
+
+lint: setup
+	$(BIN)/pip install --quiet ruff
+	$(BIN)/ruff check . && clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+
+clean:
+	rm -rf build dist python/*.egg-info out

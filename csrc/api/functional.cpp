@@ -1,0 +1,61 @@
+// The C++ front door: options in, a dispatcher call of the public op, results out.
+#include "torchmargin/functional.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <tuple>
+
+#include "ops/problem.h"
+
+namespace torchmargin::nn::functional {
+namespace {
+
+using LseTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Calls `op` with the shared arguments that the options hold, and `more`.
+template <typename Op, typename... More>
+auto call(
+    const Op& op,
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const at::Tensor& target,
+    const LinearMarginFuncOptions& options,
+    More... more) {
+  const MarginParameters& margin = options.margin();
+  return op.call(
+      input, weight, target, options.bias(), margin.scale, margin.m1, margin.m2, margin.m3, options.sample_m2(),
+      options.sample_m3(), options.sample_margin_weight(), extension_name(margin.extension), margin.margin_weight,
+      margin_gradient_name(margin.margin_gradient), options.normalize_input(), options.normalize_weight(),
+      options.compute_dtype(), more...);
+}
+
+} // namespace
+
+LinearMarginLse linear_margin_lse(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const at::Tensor& target,
+    const LinearMarginFuncOptions& options) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torchmargin::linear_margin_lse", "")
+                             .typed<LseTuple(TORCHMARGIN_LINEAR_PARAMETERS)>();
+  auto [other_lse, target_logit, logit_sum, target_angle, max_other_logit] =
+      call(op, input, weight, target, options);
+  return {other_lse, target_logit, logit_sum, target_angle, max_other_logit};
+}
+
+at::Tensor linear_margin_cross_entropy(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const at::Tensor& target,
+    const LinearMarginCrossEntropyFuncOptions& options) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("torchmargin::linear_margin_cross_entropy", "")
+          .typed<at::Tensor(TORCHMARGIN_LINEAR_PARAMETERS, double, int64_t, std::string_view)>();
+  return call(
+      op, input, weight, target, options.linear(), options.label_smoothing(), options.ignore_index(),
+      std::string_view(options.reduction()));
+}
+
+} // namespace torchmargin::nn::functional

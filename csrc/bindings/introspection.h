@@ -1,0 +1,38 @@
+// What _C shows of the library, in plain C++ types.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "torchmargin/export.h"
+
+namespace torchmargin::bindings {
+
+// How a problem would be cut up: see sweep/chunk_plan.h.
+struct Plan {
+  std::string path; // which implementation would run
+  int64_t row_tile;
+  int64_t class_chunk;
+  int64_t kept_classes;
+  int64_t scratch_bytes;
+  int64_t workspace_limit;
+  bool fits;
+};
+
+TORCHMARGIN_API std::string version();
+TORCHMARGIN_API std::string built_for_torch();
+// "sm_90", "compute_90", ...; empty for a build without CUDA.
+TORCHMARGIN_API std::vector<std::string> cuda_architectures();
+// device_type is "cpu" or "cuda"; anything else, or bytes < 1, is std::invalid_argument.
+TORCHMARGIN_API int64_t get_workspace_limit(const std::string& device_type);
+TORCHMARGIN_API void set_workspace_limit(const std::string& device_type, int64_t bytes);
+// dtype is "float64", "float32", "bfloat16" or "float16".
+TORCHMARGIN_API Plan choose_plan(
+    int64_t rows,
+    int64_t features,
+    int64_t classes,
+    const std::string& dtype,
+    const std::string& device_type);
+
+} // namespace torchmargin::bindings

@@ -1,0 +1,34 @@
+// torchmargin._C: what an operator cannot say. It includes no torch header, so it is
+// tied to a Python version only; the ops live in libtorchmargin.so.
+#include <pybind11/pybind11.h>
+
+#include "bindings/introspection.h"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Versions, the workspace limit and the plan of the fused ops.";
+  using namespace torchmargin::bindings;
+  module.def("version", &version);
+  module.def("built_for_torch", &built_for_torch);
+  module.def("cuda_architectures", [] { return pybind11::tuple(pybind11::cast(cuda_architectures())); });
+  module.def("get_workspace_limit", &get_workspace_limit, pybind11::arg("device_type"));
+  module.def("set_workspace_limit", &set_workspace_limit, pybind11::arg("device_type"), pybind11::arg("bytes"));
+  module.def(
+      "plan",
+      [](int64_t rows, int64_t features, int64_t classes, const std::string& dtype, const std::string& device_type) {
+        const Plan plan = choose_plan(rows, features, classes, dtype, device_type);
+        pybind11::dict result;
+        result["path"] = plan.path;
+        result["row_tile"] = plan.row_tile;
+        result["class_chunk"] = plan.class_chunk;
+        result["kept_classes"] = plan.kept_classes;
+        result["scratch_bytes"] = plan.scratch_bytes;
+        result["workspace_limit"] = plan.workspace_limit;
+        result["fits"] = plan.fits;
+        return result;
+      },
+      pybind11::arg("rows"),
+      pybind11::arg("features"),
+      pybind11::arg("classes"),
+      pybind11::arg("dtype"),
+      pybind11::arg("device_type"));
+}

@@ -1,0 +1,206 @@
+// Compiled once per instruction set, with TORCHMARGIN_CPU_ISA naming the namespace.
+// NB: it includes no header with inline functions that other files use; see simd.h.
+#include "cpu/row_kernels.h"
+
+#include "cpu/simd.h"
+
+namespace torchmargin::cpu {
+namespace {
+
+// Half as many lanes as a vector of T has, for widening float to double.
+typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+
+inline Vector<double> widen(const float* from) {
+  HalfVector half;
+  __builtin_memcpy(&half, from, sizeof(half));
+  return __builtin_convertvector(half, Vector<double>);
+}
+
+inline Vector<double> widen(const double* from) {
+  return load(from);
+}
+
+inline void narrow(float* to, Vector<double> v) {
+  const HalfVector half = __builtin_convertvector(v, HalfVector);
+  __builtin_memcpy(to, &half, sizeof(half));
+}
+
+inline void narrow(double* to, Vector<double> v) {
+  store(to, v);
+}
+
+constexpr int kWide = kLanes<double>;
+
+template <typename T>
+double squared_norm(const T* row, int64_t size) {
+  Vector<double> sums[2] = {};
+  int64_t k = 0;
+  for (; k + 2 * kWide <= size; k += 2 * kWide) {
+    const Vector<double> a = widen(row + k);
+    const Vector<double> b = widen(row + k + kWide);
+    sums[0] += a * a;
+    sums[1] += b * b;
+  }
+  double sum = sum_lanes<double>(sums[0] + sums[1]);
+  for (; k < size; ++k) {
+    sum += static_cast<double>(row[k]) * static_cast<double>(row[k]);
+  }
+  return sum;
+}
+
+template <typename T>
+void scale_row(T* row, int64_t size, double factor) {
+  int64_t k = 0;
+  for (; k + kWide <= size; k += kWide) {
+    narrow(row + k, widen(row + k) * factor);
+  }
+  for (; k < size; ++k) {
+    row[k] = static_cast<T>(static_cast<double>(row[k]) * factor);
+  }
+}
+
+template <typename T>
+void add_row(double* sum, const T* row, int64_t size, double factor) {
+  int64_t k = 0;
+  for (; k + kWide <= size; k += kWide) {
+    store(sum + k, load(sum + k) + widen(row + k) * factor);
+  }
+  for (; k < size; ++k) {
+    sum[k] += static_cast<double>(row[k]) * factor;
+  }
+}
+
+// Calls body(z, inverse_norms, first, lanes) for each vector of logits of a row; in the
+// last one only `lanes` count.
+template <typename T, typename Body>
+inline void for_each_vector(const T* dots, int64_t size, const LogitMap<T>& map, Body body) {
+  const Vector<T> one = Vector<T>{} + T(1);
+  int64_t j = 0;
+  for (; j + kLanes<T> <= size; j += kLanes<T>) {
+    const Vector<T> inverse = map.inverse_norms != nullptr ? load(map.inverse_norms + j) : one;
+    Vector<T> z = load(dots + j) * (inverse * map.scale);
+    if (map.bias != nullptr) {
+      z += load(map.bias + j);
+    }
+    body(z, inverse, j, kLanes<T>);
+  }
+  if (j < size) {
+    const int64_t left = size - j;
+    const Vector<T> inverse = map.inverse_norms != nullptr ? load_some(map.inverse_norms + j, left, T(1)) : one;
+    Vector<T> z = load_some(dots + j, left, T(0)) * (inverse * map.scale);
+    if (map.bias != nullptr) {
+      z += load_some(map.bias + j, left, T(0));
+    }
+    body(z, inverse, j, static_cast<int>(left));
+  }
+}
+
+// v in the first `lanes` lanes, `fill` in the others.
+template <typename T>
+inline Vector<T> keep_lanes(Vector<T> v, int lanes, T fill) {
+  if (lanes < kLanes<T>) {
+    for (int lane = lanes; lane < kLanes<T>; ++lane) {
+      v[lane] = fill;
+    }
+  }
+  return v;
+}
+
+template <typename T>
+BlockSum sum_block(const T* dots, int64_t size, LogitMap<T> map, bool bounded) {
+  constexpr T infinity = __builtin_huge_val();
+  Vector<T> largest = Vector<T>{} - infinity;
+  Vector<T> sum = Vector<T>{};
+  if (bounded) {
+    for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
+      const Vector<T> counted = keep_lanes<T>(z, lanes, -infinity);
+      largest = counted > largest ? counted : largest;
+      sum += keep_lanes<T>(exp(z), lanes, T(0));
+    });
+  } else {
+    for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
+      const Vector<T> counted = keep_lanes<T>(z, lanes, -infinity);
+      largest = counted > largest ? counted : largest;
+    });
+  }
+  T maximum = -infinity;
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    maximum = largest[lane] > maximum ? largest[lane] : maximum;
+  }
+  if (bounded) {
+    return {0.0, static_cast<double>(sum_lanes<T>(sum)), static_cast<double>(maximum)};
+  }
+  if (maximum == -infinity) { // every logit is -inf (a mask) or NaN
+    double nan_or_zero = 0.0;
+    for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        nan_or_zero = z[lane] == z[lane] ? nan_or_zero : static_cast<double>(z[lane]);
+      }
+    });
+    return {static_cast<double>(maximum), nan_or_zero, static_cast<double>(maximum)};
+  }
+  for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
+    sum += keep_lanes<T>(exp(z - maximum), lanes, T(0));
+  });
+  return {static_cast<double>(maximum), static_cast<double>(sum_lanes<T>(sum)), static_cast<double>(maximum)};
+}
+
+template <typename T>
+void softmax_row(const T* dots, T* out, int64_t size, LogitMap<T> map, T lse, bool times_inverse_norms) {
+  for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T> inverse, int64_t j, int lanes) {
+    const Vector<T> exponent = z - lse;
+    const Vector<T> q = exp(exponent) * (times_inverse_norms ? inverse : Vector<T>{} + T(1));
+    const Vector<T> flushed = exponent < T(-50) ? Vector<T>{} : q; // NaN stays
+    if (lanes == kLanes<T>) {
+      store(out + j, flushed);
+    } else {
+      store_some(out + j, flushed, lanes);
+    }
+  });
+}
+
+template <typename T>
+void project_row(const T* row, const T* w, T* out, int64_t size, T inverse_norm, T unscale) {
+  Vector<T> dots[4] = {};
+  int64_t k = 0;
+  if (inverse_norm == T(0)) { // nothing to take away, and w may hold an infinity
+    for (; k < size; ++k) {
+      out[k] = row[k] * unscale;
+    }
+    return;
+  }
+  for (; k + 4 * kLanes<T> <= size; k += 4 * kLanes<T>) {
+    for (int part = 0; part < 4; ++part) {
+      const int64_t at = k + part * kLanes<T>;
+      dots[part] += load(row + at) * load(w + at);
+    }
+  }
+  T dot = sum_lanes<T>((dots[0] + dots[1]) + (dots[2] + dots[3]));
+  for (; k < size; ++k) {
+    dot += row[k] * w[k];
+  }
+  const T along = dot * inverse_norm;
+  for (k = 0; k + kLanes<T> <= size; k += kLanes<T>) {
+    store(out + k, (load(row + k) - along * (load(w + k) * inverse_norm)) * unscale);
+  }
+  for (; k < size; ++k) {
+    out[k] = (row[k] - along * (w[k] * inverse_norm)) * unscale;
+  }
+}
+
+template <typename T>
+constexpr RowKernels<T> kTable{
+    squared_norm<T>, scale_row<T>, add_row<T>, sum_block<T>, softmax_row<T>, project_row<T>};
+
+} // namespace
+
+namespace TORCHMARGIN_CPU_ISA {
+const RowKernels<float>& float_kernels() {
+  return kTable<float>;
+}
+const RowKernels<double>& double_kernels() {
+  return kTable<double>;
+}
+} // namespace TORCHMARGIN_CPU_ISA
+
+} // namespace torchmargin::cpu

@@ -1,0 +1,4 @@
+// Marks what libtorchmargin.so exports; everything else in it is hidden.
+#pragma once
+
+#define TORCHMARGIN_API __attribute__((visibility("default")))

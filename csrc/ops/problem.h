@@ -1,0 +1,107 @@
+// The arguments of the linear ops, checked once and packed into one struct. Every
+// path (public op, autograd, Meta, CPU, CUDA) passes this gate before any work.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "torchmargin/margin.h"
+
+// The arguments that all linear ops share, as the schema, as C++ parameters and as
+// a call's arguments. They are written down here and nowhere else.
+#define TORCHMARGIN_LINEAR_SCHEMA                                                                \
+  "Tensor input, Tensor weight, Tensor target, Tensor? bias=None, *, float scale=1.0, "          \
+  "float m1=1.0, float m2=0.0, float m3=0.0, Tensor? sample_m2=None, Tensor? sample_m3=None, "   \
+  "Tensor? sample_margin_weight=None, str extension=\"none\", float margin_weight=1.0, "         \
+  "str margin_gradient=\"exact\", bool normalize_input=True, bool normalize_weight=True, "       \
+  "ScalarType? compute_dtype=None"
+#define TORCHMARGIN_LINEAR_PARAMETERS                                                            \
+  const at::Tensor &input, const at::Tensor &weight, const at::Tensor &target,                   \
+      const std::optional<at::Tensor>&bias, double scale, double m1, double m2, double m3,       \
+      const std::optional<at::Tensor>&sample_m2, const std::optional<at::Tensor>&sample_m3,      \
+      const std::optional<at::Tensor>&sample_margin_weight, std::string_view extension,          \
+      double margin_weight, std::string_view margin_gradient, bool normalize_input,              \
+      bool normalize_weight, std::optional<at::ScalarType> compute_dtype
+#define TORCHMARGIN_LINEAR_ARGUMENTS                                                             \
+  input, weight, target, bias, scale, m1, m2, m3, sample_m2, sample_m3, sample_margin_weight,    \
+      extension, margin_weight, margin_gradient, normalize_input, normalize_weight, compute_dtype
+
+namespace torchmargin {
+
+struct LinearProblem {
+  at::Tensor input; // [B, D], floating
+  at::Tensor weight; // [C, D], like input
+  at::Tensor target; // [B], int64
+  std::optional<at::Tensor> bias; // [C], like input
+  std::optional<at::Tensor> sample_m2; // [B], acc or like input
+  std::optional<at::Tensor> sample_m3; // [B], acc or like input
+  std::optional<at::Tensor> sample_margin_weight; // 0-dim or [B], floating, no gradient
+  MarginParameters margin;
+  bool normalize_input = true;
+  bool normalize_weight = true;
+  std::optional<at::ScalarType> compute_dtype;
+
+  // The dtype of sums, logits and losses.
+  at::ScalarType acc() const;
+};
+
+// float64 for float64, else float32.
+at::ScalarType acc_dtype(at::ScalarType dtype);
+
+// How the schema spells them.
+std::string_view extension_name(Extension extension);
+std::string_view margin_gradient_name(MarginGradient margin_gradient);
+
+// Checks every argument and packs them; errors name `op`.
+LinearProblem make_linear_problem(std::string_view op, TORCHMARGIN_LINEAR_PARAMETERS);
+
+// What the private forward op adds to the problem.
+struct ForwardRequest {
+  // None: a target outside [0, C) is absent from this weight. A value: such a target is
+  // an error unless it is this one.
+  std::optional<int64_t> ignore_index;
+  bool with_logit_sum = true; // false: logit_sum is not needed and returned as 0
+  int64_t kept_classes = 0; // leading classes whose products are kept for the backward
+};
+
+struct ForwardResult {
+  at::Tensor other_lse; // [B] acc, as the five public results are
+  at::Tensor target_logit; // [B]
+  at::Tensor logit_sum; // [B]
+  at::Tensor target_angle; // [B]
+  at::Tensor max_other_logit; // [B]
+  at::Tensor kept; // [B, kept_classes] acc: raw products, chunk after chunk
+  at::Tensor inverse_norms; // [C] acc, or [0] if weights are taken as they are
+  at::Tensor weight_sum; // [D] float64 sum of the weights' rows, or [0] without logit_sum
+};
+
+struct BackwardRequest {
+  // Undefined means zero. [B] acc each.
+  std::optional<at::Tensor> grad_other_lse;
+  std::optional<at::Tensor> grad_target_logit;
+  std::optional<at::Tensor> grad_logit_sum;
+  at::Tensor other_lse, kept, inverse_norms, weight_sum; // as the forward returned them
+  std::array<bool, 5> wanted{}; // input, weight, bias, sample_m2, sample_m3
+};
+
+// Gradients in the order of BackwardRequest::wanted; what is not wanted is an empty [0] tensor.
+using Gradients = std::array<at::Tensor, 5>;
+
+// What the operators return to the dispatcher.
+using ForwardTuple = std::tuple<
+    at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using BackwardTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+ForwardTuple to_tuple(const ForwardResult& result);
+BackwardTuple to_tuple(const Gradients& gradients);
+
+// The private ops, called through the dispatcher.
+ForwardResult call_linear_forward(const LinearProblem& problem, const ForwardRequest& request);
+Gradients call_linear_backward(const LinearProblem& problem, const BackwardRequest& request);
+
+} // namespace torchmargin

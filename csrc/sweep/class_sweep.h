@@ -1,0 +1,21 @@
+// The sweep over classes: the loop that both passes of the linear ops are made of,
+// the same for every device. A device supplies the kernels of kernels.h; the products
+// are ATen's.
+#pragma once
+
+#include "ops/problem.h"
+#include "sweep/chunk_plan.h"
+#include "sweep/kernels.h"
+
+namespace torchmargin {
+
+// What the plan needs to know of a problem. `weight` tells dtype and strides.
+SweepSizes sweep_sizes(int64_t rows, int64_t features, int64_t classes, const at::Tensor& weight);
+
+// The private forward op: see ForwardResult.
+ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& request, const SweepKernels& kernels);
+
+// The private backward op: the gradients that request.wanted asks for.
+Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& request, const SweepKernels& kernels);
+
+} // namespace torchmargin

@@ -1,0 +1,150 @@
+// The seam between the class sweep and a device: six kernels, as a table of
+// functions over raw pointers. class_sweep.cpp says when each runs; the device says
+// how. Matrices here are row-major in acc (float64 for float64 inputs, else float32)
+// unless they are described by RawMatrix.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+
+#include "torchmargin/margin.h"
+
+namespace torchmargin {
+
+// A caller's matrix: any floating dtype, any strides (in elements).
+struct RawMatrix {
+  const void* data;
+  c10::ScalarType dtype;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+// All that a kernel needs to know about one row and its target.
+struct TargetContext {
+  RawMatrix input; // [B, D]
+  RawMatrix weight; // [C, D]
+  const int64_t* target; // [B]; outside [0, classes): absent from this weight
+  int64_t features; // D
+  int64_t classes; // C
+  MarginParameters margin;
+  bool normalize_input;
+  bool normalize_weight;
+  RawMatrix bias; // [C, 1]; data == nullptr: none
+  RawMatrix sample_m2, sample_m3, sample_margin_weight; // [B, 1] or data == nullptr
+};
+
+// Inverse norms of rows, and what follows from them: rows scaled in place, their sum.
+struct LoadRowsArgs {
+  void* rows; // [row_count, D] acc
+  int64_t row_stride;
+  int64_t row_count;
+  int64_t features; // D
+  bool normalize; // false: every inverse norm counts as 1
+  bool scale_in_place; // rows become unit vectors (if normalize) times row_factor
+  const double* row_factor; // [row_count] or nullptr; a row with 0 becomes 0, whatever it holds
+  const double* operand_scale; // [1] a further factor of all rows, or nullptr; what is left below 2^-90 is 0
+  void* inverse_norms; // [row_count] acc, written, or nullptr
+  double* sum; // [D], += the rows times inverse norm (before scale_in_place: as it left them), or nullptr
+};
+
+struct LogitsTile {
+  const void* logits; // [row_count, class_count] raw products A . w
+  int64_t row_stride;
+  int64_t row_count;
+  int64_t class_count;
+  int64_t first_class; // of all C
+  const int64_t* target; // [row_count]
+  double scale;
+  const void* inverse_norms; // [class_count] acc, or nullptr: weights as they are
+  const void* bias; // [class_count] acc, or nullptr
+};
+
+// Adds a tile to each row's running (shift, sum) and maximum; the target's own
+// column is left out.
+struct AccumulateChunkArgs {
+  LogitsTile tile;
+  bool bounded; // no sum of exp(z) can overflow: the shift is 0 and no maximum is subtracted
+  double* shift; // [row_count]
+  double* sum; // [row_count]
+  double* maximum; // [row_count]
+};
+
+// Q = exp(z - other_lse) of a tile, 0 at the target, 0 below exp(-50) (which keeps
+// denormal numbers out of the products).
+struct SoftmaxChunkArgs {
+  LogitsTile tile; // read only; may be the same memory as `out`
+  const void* other_lse; // [row_count] acc
+  const double* upstream; // [row_count] gradient of other_lse; a row with 0 is written as 0
+  bool times_inverse_norms; // out = Q / |w_j|: the products then need no normalised weights
+  void* out; // [row_count, class_count] contiguous
+};
+
+// norms, angle, psi of every row and its target, in float64; ends the forward pass.
+struct TargetPassArgs {
+  TargetContext context;
+  int64_t rows;
+  const double* shift; // [B], [B], [B]: what accumulate_chunk left
+  const double* sum;
+  const double* maximum;
+  const double* weight_sum; // [D] sum of the (normalised) weights, or nullptr: logit_sum = 0
+  const double* bias_sum; // [1] sum of the bias, or nullptr: 0
+  void* other_lse; // [B] acc each
+  void* target_logit;
+  void* logit_sum;
+  void* target_angle;
+  void* max_other_logit;
+};
+
+// Upstream gradients of one row of the core op, in float64.
+struct Upstream {
+  const double* other_lse; // g_o [B]
+  const double* target_logit; // g_t + g_Z where the target is present: T [B]
+  const double* logit_sum; // g_Z [B], or nullptr: all 0
+};
+
+// Turns the products into rows [first_class, first_class + class_count) of grad_weight and
+// grad_bias.
+struct FinishClassesArgs {
+  TargetContext context;
+  Upstream upstream;
+  int64_t first_class;
+  int64_t class_count;
+  // [class_count, D] acc: sum_i Q_ij / |w_j| operand_scale scale g_o,i A_i; nullptr: not wanted
+  const void* products;
+  void* grad_weight; // [class_count, D] acc, contiguous; may be the same memory as products
+  const void* weight; // [class_count, D] acc, as given
+  int64_t weight_row_stride;
+  const void* inverse_norms; // [class_count] acc, or nullptr
+  void* bias_products; // [class_count] acc: sum_i Q_ij operand_scale g_o,i; becomes grad_bias; or nullptr
+  const double* operand_scale; // [1] power of two to undo
+  const double* input_sum; // R [D] = sum_i g_Z,i A_i, or nullptr
+  const double* logit_sum_total; // [1] sum_i g_Z,i, or nullptr
+  const int64_t* sorted_target; // [B] targets in rising order
+  const int64_t* sorted_row; // [B] their rows
+  int64_t rows; // B
+};
+
+// Turns V into grad_input, and gives the gradients of sample_m2 and sample_m3.
+struct FinishRowsArgs {
+  TargetContext context;
+  Upstream upstream;
+  int64_t rows;
+  const double* weight_sum; // S [D], or nullptr when upstream.logit_sum is
+  void* products; // V [B, D] acc: sum_j Q_ij B_j, becomes grad_input; nullptr: not wanted
+  double* grad_m2; // [B], or nullptr
+  double* grad_m3; // [B], or nullptr
+};
+
+struct SweepKernels {
+  void (*load_rows)(const LoadRowsArgs&, c10::ScalarType acc);
+  void (*accumulate_chunk)(const AccumulateChunkArgs&, c10::ScalarType acc);
+  void (*softmax_chunk)(const SoftmaxChunkArgs&, c10::ScalarType acc);
+  void (*target_pass)(const TargetPassArgs&, c10::ScalarType acc);
+  void (*finish_classes)(const FinishClassesArgs&, c10::ScalarType acc);
+  void (*finish_rows)(const FinishRowsArgs&, c10::ScalarType acc);
+  // Is told of a large fresh buffer before it is first written; may do nothing.
+  void (*prepare_buffer)(void* data, int64_t bytes);
+};
+
+} // namespace torchmargin

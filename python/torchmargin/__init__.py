@@ -1,0 +1,27 @@
+"""Fused margin-softmax losses for PyTorch: one op, never a [batch, classes] matrix.
+
+The ops are ``torch.ops.torchmargin.*``, as functions in :mod:`torchmargin.functional` and as
+modules here; :mod:`torchmargin.reference` is their readable specification.
+"""
+
+from torchmargin import config, functional, losses, reference
+from torchmargin._extension import _C
+from torchmargin.config import get_workspace_limit, plan, set_workspace_limit, workspace_limit
+from torchmargin.losses import ArcFaceLoss, MarginLoss, NormalizedSoftmaxLoss
+
+__version__: str = _C.version()
+
+__all__ = [
+    "ArcFaceLoss",
+    "MarginLoss",
+    "NormalizedSoftmaxLoss",
+    "__version__",
+    "config",
+    "functional",
+    "get_workspace_limit",
+    "losses",
+    "plan",
+    "reference",
+    "set_workspace_limit",
+    "workspace_limit",
+]

@@ -1,0 +1,143 @@
+"""The fused ops as functions.
+
+Shapes: ``input`` [B, D], ``weight`` [C, D], ``target`` [B] int64, ``bias`` [C]. Results are
+float64 for float64 inputs and float32 otherwise. Angles and ``m2`` are in radians. The
+readable specification of both functions is :mod:`torchmargin.reference`.
+
+With x and w of unit length where they are normalised, theta the angle between a row and its
+target's weight, and mu = margin_weight * sample_margin_weight:
+
+    psi          = cos(theta) + mu (E(m1 theta + m2 + sample_m2) - m3 - sample_m3 - cos(theta))
+    target_logit = scale |x| |w| psi + bias          (|.| = 1 where normalised)
+    z_j          = scale x.w_j + bias_j              for the other classes j
+
+``extension`` says what E is where cos would rise again: "none" (cos itself), "linear"
+(ArcFace's paper), "easy", "clip" (AdaFace), "monotonic" (SphereFace). ``margin_gradient`` is
+"exact" or "straight_through" (the gradient of cos(theta), as InsightFace has it).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchmargin import _extension  # noqa: F401  (registers the ops)
+
+__all__ = ["LinearMarginLse", "linear_margin_cross_entropy", "linear_margin_lse"]
+
+
+class LinearMarginLse(NamedTuple):
+    """What :func:`linear_margin_lse` returns, each [B]."""
+
+    other_lse: Tensor  # log sum exp of z_j over the classes other than the target
+    target_logit: Tensor  # the target's logit with its margin
+    logit_sum: Tensor  # target_logit + the sum of the other z_j
+    target_angle: Tensor  # theta in radians; never requires grad
+    max_other_logit: Tensor  # the largest other z_j; never requires grad
+
+
+def linear_margin_lse(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    m1: float = 1.0,
+    m2: float = 0.0,
+    m3: float = 0.0,
+    sample_m2: Tensor | None = None,
+    sample_m3: Tensor | None = None,
+    sample_margin_weight: Tensor | None = None,
+    extension: str = "none",
+    margin_weight: float = 1.0,
+    margin_gradient: str = "exact",
+    normalize_input: bool = True,
+    normalize_weight: bool = True,
+    compute_dtype: torch.dtype | None = None,
+) -> LinearMarginLse:
+    """The core op: what a margin-softmax loss needs of all classes, without the [B, C] logits.
+
+    A target outside [0, C) is absent from this weight: target_logit and target_angle are 0 and
+    the other results count all C classes. Shards of the classes therefore merge as logsumexp of
+    other_lse, sums of target_logit and logit_sum, and the maximum of max_other_logit.
+
+    The first three results are differentiable to input, weight, bias, sample_m2 and sample_m3.
+    Raises RuntimeError for bad arguments, before any work.
+    """
+    return LinearMarginLse(
+        *torch.ops.torchmargin.linear_margin_lse(
+            input,
+            weight,
+            target,
+            bias,
+            scale=scale,
+            m1=m1,
+            m2=m2,
+            m3=m3,
+            sample_m2=sample_m2,
+            sample_m3=sample_m3,
+            sample_margin_weight=sample_margin_weight,
+            extension=extension,
+            margin_weight=margin_weight,
+            margin_gradient=margin_gradient,
+            normalize_input=normalize_input,
+            normalize_weight=normalize_weight,
+            compute_dtype=compute_dtype,
+        )
+    )
+
+
+def linear_margin_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    m1: float = 1.0,
+    m2: float = 0.0,
+    m3: float = 0.0,
+    sample_m2: Tensor | None = None,
+    sample_m3: Tensor | None = None,
+    sample_margin_weight: Tensor | None = None,
+    extension: str = "none",
+    margin_weight: float = 1.0,
+    margin_gradient: str = "exact",
+    normalize_input: bool = True,
+    normalize_weight: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of the logits with the target's margin, without the [B, C] logits.
+
+    A scalar, or [B] with reduction "none". Rows whose target is ``ignore_index`` add nothing to
+    the loss, to any gradient or to the mean's count; any other target outside [0, C) raises
+    IndexError. Raises RuntimeError for other bad arguments, before any work.
+    """
+    return torch.ops.torchmargin.linear_margin_cross_entropy(
+        input,
+        weight,
+        target,
+        bias,
+        scale=scale,
+        m1=m1,
+        m2=m2,
+        m3=m3,
+        sample_m2=sample_m2,
+        sample_m3=sample_m3,
+        sample_margin_weight=sample_margin_weight,
+        extension=extension,
+        margin_weight=margin_weight,
+        margin_gradient=margin_gradient,
+        normalize_input=normalize_input,
+        normalize_weight=normalize_weight,
+        compute_dtype=compute_dtype,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
