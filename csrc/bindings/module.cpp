@@ -1,6 +1,7 @@
 // torchmargin._C: what an operator cannot say. It includes no torch header, so it is
 // tied to a Python version only; the ops live in libtorchmargin.so.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bindings/introspection.h"
 

@@ -48,24 +48,33 @@ inline int64_t scratch_bytes(const SweepSizes& sizes, int64_t row_tile, int64_t 
 // cache levels, and the products run at the speed of the whole one (docs/design.md).
 constexpr int64_t kPreferredRows = 256;
 constexpr int64_t kPreferredTileElements = 256 * 2048;
-constexpr int64_t kSmallestWideChunk = 128;
+constexpr int64_t kLargestChunk = 8192;
+
+// Halves classes, then rows, then classes again until the scratch fits the budget or the
+// floors are reached.
+inline bool shrink_to(ChunkPlan& plan, const SweepSizes& sizes, int64_t budget, int64_t rows_floor, int64_t floor) {
+  const auto too_large = [&] { return scratch_bytes(sizes, plan.row_tile, plan.class_chunk) > budget; };
+  const auto halve = [&](int64_t& size, int64_t least) {
+    while (too_large() && size > least) {
+      size = std::max(size / 2, least);
+    }
+  };
+  halve(plan.class_chunk, 128);
+  halve(plan.row_tile, rows_floor);
+  halve(plan.class_chunk, floor);
+  return !too_large();
+}
 
 inline ChunkPlan choose_chunk_plan(const SweepSizes& sizes, int64_t workspace_limit) {
   ChunkPlan plan;
   plan.row_tile = std::clamp<int64_t>(sizes.rows, 1, kPreferredRows);
   plan.class_chunk =
-      std::clamp<int64_t>(kPreferredTileElements / plan.row_tile, 1, std::min<int64_t>(sizes.classes, 8192));
-  const auto too_large = [&] {
-    return scratch_bytes(sizes, plan.row_tile, plan.class_chunk) > workspace_limit;
-  };
-  while (too_large() && plan.class_chunk > kSmallestWideChunk) {
-    plan.class_chunk = std::max(plan.class_chunk / 2, kSmallestWideChunk);
-  }
-  while (too_large() && plan.row_tile > 1) {
-    plan.row_tile /= 2;
-  }
-  while (too_large() && plan.class_chunk > 1) {
-    plan.class_chunk /= 2;
+      std::clamp<int64_t>(kPreferredTileElements / plan.row_tile, 1, std::min(sizes.classes, kLargestChunk));
+  // Half of the limit for the scratch leaves room for what is kept; if it must, it takes all.
+  const ChunkPlan largest = plan;
+  if (!shrink_to(plan, sizes, workspace_limit / 2, /*rows_floor=*/16, /*floor=*/8)) {
+    plan = largest;
+    shrink_to(plan, sizes, workspace_limit, /*rows_floor=*/1, /*floor=*/1);
   }
   plan.scratch_bytes = scratch_bytes(sizes, plan.row_tile, plan.class_chunk);
   plan.fits = plan.scratch_bytes <= workspace_limit;

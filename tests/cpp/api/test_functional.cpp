@@ -19,7 +19,7 @@ struct Problem {
 torch::Tensor eager_cosface(const Problem& p, double scale, double m3) {
   auto cosine = torch::nn::functional::linear(
       torch::nn::functional::normalize(p.input), torch::nn::functional::normalize(p.weight));
-  auto margin = m3 * torch::one_hot(p.target, p.weight.size(0));
+  auto margin = m3 * torch::one_hot(p.target, p.weight.size(0)).to(torch::kFloat64);
   return torch::nn::functional::cross_entropy(scale * (cosine - margin), p.target);
 }
 
@@ -32,7 +32,7 @@ TEST(Functional, CosFaceMatchesEagerInValueAndGradient) {
   const auto ours = torch::autograd::grad({loss}, {p.input, p.weight});
   const auto theirs = torch::autograd::grad({expected}, {p.input, p.weight});
   for (size_t i = 0; i < 2; ++i) {
-    EXPECT_LT((ours[i] - theirs[i]).abs().max().item<double>(), 1e-12);
+    EXPECT_LT((ours[i] - theirs[i]).abs().max().item<double>(), 1e-11); // gradients near 16
   }
 }
 

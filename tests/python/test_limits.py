@@ -1,0 +1,244 @@
+"""The edges: angles of 0 and pi, zero rows, one class, no rows, ignored rows, NaN, memory."""
+
+import math
+
+import pytest
+import torch
+from conftest import WORKSPACES, gradients, problem
+
+import torchmargin
+import torchmargin.functional as F
+from torchmargin import reference
+
+ARCFACE = {"scale": 64.0, "m2": 0.5, "extension": "linear"}
+
+
+def test_the_small_workspaces_cross_what_they_should():
+    plans = {}
+    for name, (limit, sizes) in WORKSPACES.items():
+        with torchmargin.workspace_limit(limit):
+            plans[name] = torchmargin.plan(*sizes, dtype=torch.float64)
+    kept, recomputed = plans["4KiB-kept"], plans["4KiB-recomputed"]
+    assert kept.class_chunk < kept.kept_classes < 61 - kept.class_chunk
+    assert recomputed.kept_classes == 0
+    assert recomputed.row_tile < 40 and recomputed.class_chunk < 20
+
+
+# cos(theta) = +1 and -1 exactly, and angles at which an arccos in float32 has lost every digit.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("extension", ["none", "linear", "easy", "clip", "monotonic"])
+@pytest.mark.parametrize("opposite", [False, True])
+@pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-7, 1e-4])
+def test_near_parallel(dtype, extension, opposite, angle):
+    """Finite everywhere, and the tangent's direction right however small the angle is."""
+    w = torch.tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 1.0]], dtype=dtype).requires_grad_()
+    sign = -1.0 if opposite else 1.0
+    x = torch.tensor([[sign * 2 * math.cos(angle), 2 * math.sin(angle), 0.0]], dtype=dtype).requires_grad_()
+    margin = {"m2": 0.5, "scale": 8.0, "extension": extension}
+    result = F.linear_margin_lse(x, w, torch.tensor([0]), **margin)
+    theta = math.pi - angle if opposite else angle
+    unit = 1e-15 if dtype == torch.float64 else 3e-7  # the result's rounding near pi
+    assert abs(result.target_angle.item() - theta) <= unit + 1e-7 * angle
+    grad_x, grad_w = gradients(result.target_logit.sum(), x, w)
+    assert grad_x.isfinite().all() and grad_w.isfinite().all()
+    if angle == 0.0:  # the gradient of theta is 0 there
+        assert (grad_x == 0).all() and (grad_w[0] == 0).all()
+        return
+    slope = torch.tensor(theta, dtype=torch.float64).requires_grad_()
+    (expected,) = torch.autograd.grad(reference.psi(slope, m2=0.5, extension=extension), slope)
+    # d theta / dx is a vector of length 1 / |x|: -y at theta = 0, where more y opens the angle.
+    across = 8.0 * expected.item() / 2 * (-1.0 if opposite else 1.0)
+    assert abs(grad_x[0, 1].item() - across) <= 1e-3 * abs(across) + 1e-6
+    assert abs(grad_x[0, 0].item()) <= 1e-3 * abs(across) + 1e-6
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("side", ["input", "weight", "both"])
+def test_zero_rows(side, normalize):
+    """No gradient to a zero row where it is normalised, the linear one where it is not."""
+    x, w, y, _ = problem()
+    with torch.no_grad():
+        if side != "weight":
+            x[3] = 0
+        if side != "input":
+            w[y[3]] = 0
+    parameters = {"scale": 4.0, "normalize_input": normalize, "normalize_weight": normalize}
+    result = F.linear_margin_lse(x, w, y, **parameters)
+    assert result.target_angle[3] == math.pi / 2
+    loss = F.linear_margin_cross_entropy(x, w, y, **parameters)
+    grad_x, grad_w = gradients(loss, x, w)
+    if normalize:
+        plain = reference.linear_margin_cross_entropy(x, w, y, **parameters)
+        torch.testing.assert_close(loss, plain)
+        if side != "weight":
+            assert (grad_x[3] == 0).all()
+        if side != "input":
+            assert (grad_w[y[3]] == 0).all()
+    else:  # a dead-ReLU embedding learns under softmax
+        plain = torch.nn.functional.cross_entropy(4.0 * x @ w.T, y)
+        torch.testing.assert_close(loss, plain)
+        for got, expected in zip((grad_x, grad_w), gradients(plain, x, w)):
+            torch.testing.assert_close(got, expected)
+
+
+def test_one_class():
+    x, w, _, b = problem(classes=1, bias=True)
+    y = torch.zeros(9, dtype=torch.long)
+    result = F.linear_margin_lse(x, w, y, b, **ARCFACE)
+    assert (result.other_lse == -math.inf).all() and (result.max_other_logit == -math.inf).all()
+    loss = F.linear_margin_cross_entropy(x, w, y, b, **ARCFACE)
+    assert loss == 0
+    assert all((grad == 0).all() for grad in gradients(loss, x, w, b))
+    # whatever the upstream gradient of other_lse is
+    upstream = torch.full((9,), math.nan, dtype=torch.float64)
+    again = F.linear_margin_lse(x, w, y, b, **ARCFACE)
+    assert all((g == 0).all() for g in gradients(again.other_lse, x, w, b, upstream=upstream))
+
+
+def test_no_rows():
+    x, w, y, b = problem(rows=0, bias=True)
+    mean = F.linear_margin_cross_entropy(x, w, y, b)
+    assert mean.isnan()
+    assert F.linear_margin_cross_entropy(x, w, y, b, reduction="sum") == 0
+    assert F.linear_margin_cross_entropy(x, w, y, b, reduction="none").shape == (0,)
+    for grad, leaf in zip(gradients(mean, x, w, b), (x, w, b)):
+        assert grad.shape == leaf.shape and (grad == 0).all()
+
+
+def test_all_rows_ignored():
+    x, w, _, b = problem(bias=True)
+    y = torch.full((9,), -100)
+    loss = F.linear_margin_cross_entropy(x, w, y, b, label_smoothing=0.1)
+    assert loss.isnan()
+    assert all((grad == 0).all() for grad in gradients(loss, x, w, b))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("content", [math.nan, math.inf])
+def test_ignored_rows_add_nothing_even_if_they_hold_nan(content, label_smoothing, workspace):
+    x, w, y, b = problem(*workspace, bias=True)
+    keep = torch.ones(len(y), dtype=torch.bool)
+    keep[[1, 6]] = False
+    with torch.no_grad():
+        x[1] = content
+    y[~keep] = -7
+    parameters = {**ARCFACE, "label_smoothing": label_smoothing, "ignore_index": -7}
+    loss = F.linear_margin_cross_entropy(x, w, y, b, **parameters)
+    rest = x.detach()[keep].requires_grad_()
+    expected = F.linear_margin_cross_entropy(rest, w, y[keep], b, **parameters)
+    torch.testing.assert_close(loss, expected)
+    grad_x, *others = gradients(loss, x, w, b)
+    true_x, *true_others = gradients(expected, rest, w, b)
+    assert (grad_x[~keep] == 0).all()
+    torch.testing.assert_close(grad_x[keep], true_x)
+    for got, true in zip(others, true_others):
+        torch.testing.assert_close(got, true)
+
+
+@pytest.mark.parametrize("content", [math.nan, math.inf])
+def test_non_finite_inputs_reach_the_loss_of_their_rows(content):
+    x, w, y, _ = problem()
+    with torch.no_grad():
+        x[2, 1] = content
+    loss = F.linear_margin_cross_entropy(x, w, y, reduction="none", **ARCFACE)
+    assert loss[2].isnan() and loss[torch.arange(9) != 2].isfinite().all()
+    with torch.no_grad():
+        x[2, 1] = 0.5
+        w[5, 0] = content
+    result = F.linear_margin_lse(x, w, y, **ARCFACE)
+    assert (result.other_lse.isnan() | (y == 5)).all() and (result.max_other_logit.isnan() | (y == 5)).all()
+
+
+def test_a_bias_of_minus_infinity_masks_a_class():
+    x, w, y, b = problem(bias=True)
+    y[:] = 0
+    with torch.no_grad():
+        b[5] = -math.inf
+    keep = torch.arange(23) != 5
+    masked = F.linear_margin_lse(x, w, y, b).other_lse
+    torch.testing.assert_close(masked, F.linear_margin_lse(x, w[keep], y, b[keep]).other_lse)
+    grads = gradients(masked.sum(), x, w, b)
+    assert all(g.isfinite().all() for g in grads) and (grads[1][5] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("limit", [4096, 1 << 20])
+def test_the_same_bits_every_run(dtype, limit):
+    rows = 6 if limit == 4096 else 300
+    x, w, y, b = problem(rows=rows, features=8, classes=700, dtype=dtype, bias=True)
+    with torchmargin.workspace_limit(limit):
+        runs = []
+        for _ in range(3):
+            loss = F.linear_margin_cross_entropy(x, w, y, b, label_smoothing=0.1, **ARCFACE)
+            runs.append((loss, *gradients(loss, x, w, b)))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run))
+
+
+def test_retain_graph_twice(workspace):
+    """Backward never writes into a kept chunk."""
+    x, w, y, _ = problem(*workspace)
+    loss = F.linear_margin_cross_entropy(x, w, y, **ARCFACE)
+    first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    third = torch.autograd.grad(loss, (x, w))
+    for other in (second, third):
+        assert all(torch.equal(a, b) for a, b in zip(first, other))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, (x, w))
+
+
+def test_the_limit_may_change_between_forward_and_backward():
+    x, w, y, _ = problem(classes=500)
+    expected = gradients(F.linear_margin_cross_entropy(x, w, y, **ARCFACE), x, w)
+    for before, after in ((1 << 20, 4096), (4096, 1 << 20), (20_000, 4096)):
+        with torchmargin.workspace_limit(before):
+            loss = F.linear_margin_cross_entropy(x, w, y, **ARCFACE)
+        with torchmargin.workspace_limit(after):
+            for got, true in zip(gradients(loss, x, w), expected):
+                torch.testing.assert_close(got, true, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("power", [-24, 24])
+def test_loss_scaling_is_exact(power):
+    x, w, y, b = problem(rows=40, features=16, classes=300, dtype=torch.float32, bias=True)
+    loss = F.linear_margin_cross_entropy(x, w, y, b, label_smoothing=0.1, **ARCFACE)
+    plain = torch.autograd.grad(loss, (x, w, b), retain_graph=True)
+    scaled = torch.autograd.grad(loss, (x, w, b), torch.tensor(2.0**power))
+    for one, other in zip(plain, scaled):
+        assert torch.equal(one * 2.0**power, other)
+
+
+def test_only_wanted_gradients_are_made():
+    x, w, y, _ = problem()
+    both = gradients(F.linear_margin_cross_entropy(x, w, y, **ARCFACE), x, w)
+    only_w = F.linear_margin_cross_entropy(x.detach(), w, y, **ARCFACE)
+    only_x = F.linear_margin_cross_entropy(x, w.detach(), y, **ARCFACE)
+    assert torch.equal(gradients(only_x, x)[0], both[0]) and torch.equal(gradients(only_w, w)[0], both[1])
+    assert not F.linear_margin_cross_entropy(x.detach(), w.detach(), y, **ARCFACE).requires_grad
+
+
+def _peak_beyond_results(limit, classes):
+    """torch's own allocations during forward and backward, beyond inputs and gradients."""
+    x = torch.randn(256, 64).requires_grad_()
+    w = torch.randn(classes, 64).requires_grad_()
+    y = torch.randint(0, classes, (256,))
+    with torchmargin.workspace_limit(limit):
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profile:
+            loss = F.linear_margin_cross_entropy(x, w, y, **ARCFACE)
+            grads = gradients(loss, x, w)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak - sum(g.nbytes for g in grads)
+
+
+@pytest.mark.parametrize("limit", [4 << 20, 64 << 20])
+def test_memory_stays_under_the_limit(limit):
+    classes = 60_000
+    peak = _peak_beyond_results(limit, classes)
+    assert 0 < peak <= limit + 16 * classes + (1 << 16)  # vectors of length C, and of length B

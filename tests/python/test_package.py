@@ -1,0 +1,99 @@
+"""How the package is put together: loading, versions, and the arrows between folders."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchmargin
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = Path(torchmargin.__file__).parent / "lib" / "libtorchmargin.so"
+
+
+def _import_with(**environment):
+    return subprocess.run(
+        [sys.executable, "-c", "import torchmargin; print(torchmargin.plan(4, 5, 6).path)"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+
+
+def test_versions_agree():
+    header = (ROOT / "csrc/include/torchmargin/version.h").read_text()
+    assert f'"{torchmargin.__version__}"' in header
+    assert torchmargin.config.built_for_torch().split("+")[0] == torch.__version__.split("+")[0]
+    assert torchmargin.config.cuda_architectures() == ()
+
+
+def test_another_library_can_be_named(tmp_path):
+    for suffix in (".so", ".json"):
+        shutil.copy(LIBRARY.with_suffix(suffix), tmp_path)
+    # The copy is not beside torch, which is loaded already when it is asked for.
+    ran = _import_with(TORCHMARGIN_LIBRARY=str(tmp_path / "libtorchmargin.so"))
+    assert ran.returncode == 0 and ran.stdout.strip() == "cpu-sweep", ran.stderr
+
+
+def test_another_torch_gives_one_sentence(tmp_path):
+    shutil.copy(LIBRARY, tmp_path)
+    (tmp_path / "libtorchmargin.json").write_text(json.dumps({"version": "0.1.0", "torch": "1.13.0"}))
+    ran = _import_with(TORCHMARGIN_LIBRARY=str(tmp_path / "libtorchmargin.so"))
+    last = ran.stderr.strip().splitlines()[-1]
+    assert last == (
+        f"ImportError: torchmargin was built for torch 1.13.0, but torch {torch.__version__} is installed: install "
+        f"a torchmargin built for torch {'.'.join(torch.__version__.split('.')[:2])}, or torch 1.13."
+    )
+
+
+def test_a_missing_library_is_named(tmp_path):
+    ran = _import_with(TORCHMARGIN_LIBRARY=str(tmp_path / "none.so"))
+    assert "ImportError: torchmargin: there is no library at" in ran.stderr
+
+
+def test_the_library_links_no_python():
+    needed = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    libraries = re.findall(r"NEEDED.*\[(.*)\]", needed)
+    assert "libtorch_cpu.so" in libraries
+    assert not any("python" in name for name in libraries)
+
+
+# Which folders a folder may include: docs/design.md.
+ARROWS = {
+    "csrc/include": {"torchmargin"},
+    "csrc/math": {"torchmargin", "math"},
+    "csrc/sweep": {"torchmargin", "math", "ops", "sweep"},
+    "csrc/ops": {"torchmargin", "math", "ops", "sweep"},
+    "csrc/cpu": {"torchmargin", "math", "ops", "sweep", "cpu"},
+    "csrc/api": {"torchmargin", "ops"},
+    "csrc/bindings": {"torchmargin", "sweep", "bindings"},
+    "cuda": {"torchmargin", "math", "ops", "sweep", "kernels"},
+}
+
+
+@pytest.mark.parametrize("folder", ARROWS)
+def test_includes_follow_the_arrows(folder):
+    for file in sorted((ROOT / folder).rglob("*")):
+        if file.suffix not in (".h", ".cpp", ".cu", ".cuh"):
+            continue
+        for include in re.findall(r'^#include "([^"]+)"', file.read_text(), re.MULTILINE):
+            assert include.split("/")[0] in ARROWS[folder], f"{file.relative_to(ROOT)} includes {include}"
+
+
+def test_the_margin_is_written_once_in_the_library():
+    """psi's own words appear in math/margin.h and nowhere else in csrc."""
+    for file in sorted((ROOT / "csrc").rglob("*")):
+        if file.suffix in (".h", ".cpp") and file.name not in ("margin.h",):
+            assert "std::cos(" not in file.read_text(), file
+
+
+def test_no_cuda_words_in_csrc():
+    for file in sorted((ROOT / "csrc").rglob("*.cpp")):
+        assert not re.search(r"#if.*(USE_CUDA|WITH_CUDA|__CUDACC__)", file.read_text()), file
