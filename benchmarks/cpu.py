@@ -1,0 +1,170 @@
+"""Forward + backward of ArcFace on the CPU beside what people run today.
+
+    python benchmarks/cpu.py                 all sizes
+    python benchmarks/cpu.py --rows 256 --classes 100000 --runs 15
+
+Every round runs each contender once, in turn, so that a noisy machine disturbs all of them;
+the medians of the rounds are compared. A peer's loss must equal ours before it is timed. Peak
+memory is the process's resident peak during one run, beyond what it held before (inputs are
+held, gradients are not). A peer that cannot fit is named with its estimated need and not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peers import MARGIN, SCALE, bytes_needed, chunked_products, peers, whole_products
+from torch import Tensor
+from tqdm import tqdm
+
+import torchmargin
+import torchmargin.functional as F
+
+MiB = 1 << 20
+
+
+def ours(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.linear_margin_cross_entropy(x, w, y, scale=SCALE, m2=MARGIN, extension="linear")
+
+
+def _status(field: str) -> int:
+    """A memory figure of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise KeyError(field)
+
+
+def _available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return 1024 * int(line.split()[1])
+    raise KeyError("MemAvailable")
+
+
+def resident_peak(run) -> int:
+    """Bytes that `run` adds to the resident set at its peak."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def measure(rows: int, features: int, classes: int, runs: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, features, generator=generator).requires_grad_()
+    w = (0.01 * torch.randn(classes, features, generator=generator)).requires_grad_()
+    y = torch.randint(0, classes, (rows,), generator=generator)
+    plan = torchmargin.plan(rows, features, classes)
+
+    def step(loss):
+        return lambda: torch.autograd.grad(loss(x, w, y), (x, w))
+
+    with torch.no_grad():
+        expected = ours(x, w, y)
+    results = [{"name": "torchmargin"}]
+    contenders = {"torchmargin": step(ours)}
+    for name, peer in peers().items():
+        result = {"name": name}
+        results.append(result)
+        need = bytes_needed(name, rows, features, classes)
+        if need > 0.85 * _available():
+            result["not_run"] = f"needs about {need / 2**30:.0f} GiB"
+            continue
+        loss = peer(x, w, y)
+        # float32 products and sums over C classes: a few 1e-6 of a loss near 40.
+        torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=0)
+        del loss
+        contenders[name] = step(peer)
+    with torch.no_grad():
+        contenders["bare products, in chunks"] = chunked_products(x.detach(), w.detach(), plan)
+        results.append({"name": "bare products, in chunks"})
+        if 4 * classes * (rows + features) < 0.4 * _available():
+            contenders["bare products, whole"] = whole_products(x.detach(), w.detach())
+            results.append({"name": "bare products, whole"})
+
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for result in results:
+        if result["name"] in contenders:  # this run is also the warm-up
+            result["peak_mib"] = round(resident_peak(contenders[result["name"]]) / MiB)
+    for _ in tqdm(range(runs), desc=f"B={rows} C={classes}", leave=False, file=sys.stderr):
+        for name, run in contenders.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    own = statistics.median(times["torchmargin"])
+    for result in results:
+        result.update(rows=rows, features=features, classes=classes, kept_classes=plan.kept_classes)
+        if result["name"] in times:
+            taken = times[result["name"]]
+            result.update(
+                ms=round(1e3 * statistics.median(taken), 1),
+                ms_min=round(1e3 * min(taken), 1),
+                ratio=round(statistics.median(taken) / own, 2),
+                # round by round: what the machine did to both in that round cancels
+                ratio_paired=round(statistics.median(t / o for t, o in zip(taken, times["torchmargin"])), 2),
+            )
+    return results
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def table(results: list[dict]) -> str:
+    lines = ["| B | C | contender | ms | its time / ours | peak MiB |", "|---|---|---|---|---|---|"]
+    for r in results:
+        size = f"| {r['rows']} | {r['classes']:,} | {r['name']} "
+        if "not_run" in r:
+            lines.append(f"{size}| {r['not_run']} | | |")
+        else:
+            lines.append(f"{size}| {r['ms']:.1f} | {r['ratio_paired']:.2f} | {r['peak_mib']:,} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--classes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--features", type=int, default=512)
+    parser.add_argument("--runs", type=int, default=7, help="rounds at each size (at least 3 count)")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    results = []
+    for classes in options.classes:
+        for rows in options.rows:
+            torch._dynamo.reset()
+            results += measure(rows, options.features, classes, options.runs)
+            print(table(results[-6:] if results[-1]["name"].endswith("whole") else results[-5:]), flush=True)
+    report = {
+        "what": "ArcFace forward + backward, float32",
+        "torchmargin": torchmargin.__version__,
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "threads": options.threads,
+        "runs": options.runs,
+        "workspace_limit": torchmargin.get_workspace_limit(),
+        "results": results,
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print("\n" + table(results))
+
+
+if __name__ == "__main__":
+    main()

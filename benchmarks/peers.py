@@ -1,0 +1,89 @@
+"""What people run today for ArcFace, written out: the peers of the benchmarks.
+
+Each takes input [B, D], weight [C, D], target [B] and returns the mean loss. All of them hold
+several B x C matrices.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SCALE, MARGIN = 64.0, 0.5
+
+
+def eager(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """Careful eager PyTorch: the margin on [B] values only, scattered back into the logits."""
+    cosine = F.linear(F.normalize(x), F.normalize(w))
+    target = cosine.gather(1, y[:, None])
+    sine = (1 - target.square()).clamp(min=0).sqrt()
+    psi = target * math.cos(MARGIN) - sine * math.sin(MARGIN)
+    psi = torch.where(target > math.cos(math.pi - MARGIN), psi, target - MARGIN * math.sin(MARGIN))
+    return F.cross_entropy(SCALE * cosine.scatter(1, y[:, None], psi), y)
+
+
+def insightface_order(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """The steps in InsightFace's order: clamp, arccos and cos over all of B x C, scale, cross_entropy."""
+    logits = F.linear(F.normalize(x), F.normalize(w)).clamp(-1, 1)
+    rows = torch.arange(len(y))
+    with torch.no_grad():
+        target = logits[rows, y].arccos()
+        logits.arccos_()
+        logits[rows, y] = target + MARGIN
+        logits.cos_()
+    return F.cross_entropy(logits * SCALE, y)
+
+
+def peers() -> dict:
+    return {
+        "eager": eager,
+        "InsightFace order": insightface_order,
+        "torch.compile": torch.compile(eager, dynamic=False),
+    }
+
+
+def bytes_needed(name: str, rows: int, features: int, classes: int) -> int:
+    """An estimate of a peer's peak beyond inputs, in float32: B x C matrices alive at once, and C x D ones.
+
+    eager: cosine, scattered, scaled, log-softmax and two of their gradients; InsightFace's order: the same
+    with the clamp's input; compiled: cosine, log-softmax's input and one gradient. C x D: the normalised
+    weights and two gradients.
+    """
+    matrices = {"eager": 6, "InsightFace order": 6, "torch.compile": 4}[name]
+    return 4 * (matrices * rows * classes + 3 * classes * features)
+
+
+def whole_products(x: Tensor, w: Tensor):
+    """The three bare products of forward and backward, each at once into memory that is there already."""
+    logits = torch.rand(len(x), len(w))
+    grad_w = torch.empty_like(w)
+    grad_x = torch.empty_like(x)
+
+    def run():
+        torch.mm(x, w.t(), out=logits)
+        torch.mm(logits, w, out=grad_x)
+        torch.mm(logits.t(), x, out=grad_w)
+
+    return run
+
+
+def chunked_products(x: Tensor, w: Tensor, plan):
+    """The bare products that our plan makes (the forward's again for what is not kept), in its chunks."""
+    grad_x = torch.zeros_like(x)
+    logits = torch.rand(plan.row_tile, plan.class_chunk)
+    grad_w = torch.empty(plan.class_chunk, w.shape[1])
+
+    def run():
+        for part, begin in ((p, i * plan.class_chunk) for i, p in enumerate(w.split(plan.class_chunk))):
+            for rows, out in zip(x.split(plan.row_tile), grad_x.split(plan.row_tile)):
+                tile = logits[: len(rows), : len(part)]
+                torch.mm(rows, part.t(), out=tile)
+                if begin >= plan.kept_classes:
+                    torch.mm(rows, part.t(), out=tile)
+                out.addmm_(tile, part)
+                torch.mm(tile.t(), rows, out=grad_w[: len(part)])
+
+    return run
