@@ -26,7 +26,8 @@ auto make_node() {
   if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, NodeType>) {
     return c10::make_intrusive<NodeType>();
   } else {
-    return std::shared_ptr<NodeType>(new NodeType(), torch::autograd::deleteNode);
+    // deleteNode is found by its argument's type: later versions of torch have none.
+    return std::shared_ptr<NodeType>(new NodeType(), [](NodeType* node) { deleteNode(node); });
   }
 }
 
