@@ -1,5 +1,7 @@
 #include "bindings/introspection.h"
 
+#include <ATen/Parallel.h>
+
 #include <stdexcept>
 
 #include "sweep/chunk_plan.h"
@@ -64,10 +66,10 @@ Plan choose_plan(
     throw std::invalid_argument("torchmargin: this build has no CUDA kernels to plan for");
   }
   const int64_t limit = get_workspace_limit(device_type);
-  const SweepSizes sizes{rows, features, classes, dtype == "float64" ? 8 : 4, half, half};
+  const SweepSizes sizes{rows, features, classes, dtype == "float64" ? 8 : 4, half, half, at::get_num_threads()};
   const ChunkPlan plan = choose_chunk_plan(sizes, limit);
   return {
-      "cpu-sweep", plan.row_tile, plan.class_chunk, plan.kept_classes, plan.scratch_bytes, limit, plan.fits};
+      "cpu-sweep", plan.lanes, plan.row_tile, plan.class_chunk, plan.kept_classes, plan.scratch_bytes, limit, plan.fits};
 }
 
 } // namespace torchmargin::bindings

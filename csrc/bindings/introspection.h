@@ -12,6 +12,7 @@ namespace torchmargin::bindings {
 // How a problem would be cut up: see sweep/chunk_plan.h.
 struct Plan {
   std::string path; // which implementation would run
+  int64_t lanes;
   int64_t row_tile;
   int64_t class_chunk;
   int64_t kept_classes;

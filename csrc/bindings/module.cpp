@@ -19,6 +19,7 @@ PYBIND11_MODULE(_C, module) {
         const Plan plan = choose_plan(rows, features, classes, dtype, device_type);
         pybind11::dict result;
         result["path"] = plan.path;
+        result["lanes"] = plan.lanes;
         result["row_tile"] = plan.row_tile;
         result["class_chunk"] = plan.class_chunk;
         result["kept_classes"] = plan.kept_classes;

@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "cpu/row_kernels.h"
@@ -166,14 +167,20 @@ void target_pass_rows(const TargetPassArgs& args, int64_t begin, int64_t end) {
       logit_sum = context.margin.scale * logit_sum + (args.bias_sum != nullptr ? *args.bias_sum - bias : 0.0) +
           target_logit;
     }
-    const double other_lse = OnlineLse{args.shift[i], args.sum[i]}.project();
+    OnlineLse total;
+    double maximum = -std::numeric_limits<double>::infinity();
+    for (int64_t partial = i; partial < args.lanes * args.rows; partial += args.rows) {
+      total.combine({args.shift[partial], args.sum[partial]});
+      maximum = std::max(maximum, args.maximum[partial]);
+    }
+    const double other_lse = total.project();
     static_cast<T*>(args.other_lse)[i] = static_cast<T>(other_lse);
     static_cast<T*>(args.target_logit)[i] = static_cast<T>(target_logit);
     static_cast<T*>(args.logit_sum)[i] = static_cast<T>(logit_sum);
     static_cast<T*>(args.target_angle)[i] = static_cast<T>(row.present ? row.angle.theta : 0.0);
     // The maximum passed NaN over; the sum did not.
     static_cast<T*>(args.max_other_logit)[i] =
-        static_cast<T>(std::isnan(other_lse) ? other_lse : args.maximum[i]);
+        static_cast<T>(std::isnan(other_lse) ? other_lse : maximum);
   }
 }
 
@@ -405,6 +412,18 @@ void finish_rows(const FinishRowsArgs& args, c10::ScalarType acc) {
   });
 }
 
+void run_lanes(int64_t lanes, const std::function<void(int64_t)>& body) {
+  if (lanes == 1) { // the products and kernels inside share out the threads
+    body(0);
+    return;
+  }
+  at::parallel_for(0, lanes, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t lane = begin; lane < end; ++lane) {
+      body(lane);
+    }
+  });
+}
+
 // Fresh memory costs a page fault per 4 KiB, which for a large gradient takes as long as
 // the product that fills it; 2 MiB pages make that negligible.
 void prepare_buffer(void* data, int64_t bytes) {
@@ -422,7 +441,7 @@ void prepare_buffer(void* data, int64_t bytes) {
 
 const SweepKernels& sweep_kernels() {
   static constexpr SweepKernels kernels{
-      load_rows, accumulate_chunk, softmax_chunk, target_pass, finish_classes, finish_rows, prepare_buffer};
+      load_rows, accumulate_chunk, softmax_chunk, target_pass, finish_classes, finish_rows, run_lanes, prepare_buffer};
   return kernels;
 }
 

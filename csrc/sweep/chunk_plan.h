@@ -15,68 +15,84 @@ struct SweepSizes {
   int64_t acc_bytes; // size of an element of a product: 8 for float64, else 4
   bool convert_weight; // weight chunks are copied (16-bit, or strides that a product cannot read)
   bool widen_gradients; // gradients are summed in acc before they are rounded (16-bit)
+  int64_t threads; // that can sweep side by side; 1 where the device works on one chunk at a time
 };
 
 struct ChunkPlan {
+  // Chunks are dealt to this many lanes, each with a workspace of its own: `threads`, or 1
+  // and every product is shared out among the threads.
+  int64_t lanes = 1;
   int64_t row_tile = 0; // rows in one product
   int64_t class_chunk = 0; // classes in one product
   int64_t kept_classes = 0; // leading classes whose products the forward can keep
   int64_t scratch_bytes = 0; // the workspace without what is kept
   bool fits = false; // false: the limit is too small even for one row and one class
 
-  int64_t row_tiles(int64_t rows) const {
-    return (rows + row_tile - 1) / row_tile;
-  }
-  int64_t class_chunks(int64_t classes) const {
-    return (classes + class_chunk - 1) / class_chunk;
+  // All rows' operands are loaded once; else a tile's, again for each chunk.
+  bool whole_operands(int64_t rows) const {
+    return lanes > 1 || rows <= row_tile;
   }
 };
 
-// The workspace of the backward pass, which is the larger one: a tile of logits, the
-// row operand twice (plain and times the upstream gradient), a chunk of weight
-// gradients, and, where the dtype asks for it, a chunk of weights and all input
-// gradients.
-inline int64_t scratch_bytes(const SweepSizes& sizes, int64_t row_tile, int64_t class_chunk) {
+// The workspace of the backward pass, which is the larger one. Each lane: a tile of
+// logits, a chunk of weight gradients, and a chunk of weights if they are converted.
+// Together: the row operand twice (plain and times the upstream gradient), and the sums
+// of input gradients that are not in the gradient itself.
+inline int64_t scratch_bytes(const SweepSizes& sizes, const ChunkPlan& plan) {
   const int64_t weight_copies = sizes.convert_weight ? 2 : 1;
-  const int64_t elements = row_tile * class_chunk + 2 * row_tile * sizes.features +
-      weight_copies * class_chunk * sizes.features +
-      (sizes.widen_gradients ? sizes.rows * sizes.features : 0);
+  const int64_t lane = plan.row_tile * plan.class_chunk + weight_copies * plan.class_chunk * sizes.features;
+  const int64_t operand_rows = plan.whole_operands(sizes.rows) ? sizes.rows : plan.row_tile;
+  const int64_t input_sums = plan.lanes - 1 + (sizes.widen_gradients ? 1 : 0);
+  const int64_t elements =
+      plan.lanes * lane + 2 * operand_rows * sizes.features + input_sums * sizes.rows * sizes.features;
   return elements * sizes.acc_bytes;
 }
 
-// On the CPU a tile of 256 x 2048 float32 logits and its operands stay in the last
-// cache levels, and the products run at the speed of the whole one (docs/design.md).
+// On the CPU a tile of 256 x 1024 float32 logits, its operands and its gradients stay in
+// the last cache levels, and the products run at the speed of the whole one
+// (docs/design.md).
 constexpr int64_t kPreferredRows = 256;
-constexpr int64_t kPreferredTileElements = 256 * 2048;
-constexpr int64_t kLargestChunk = 8192;
+constexpr int64_t kPreferredTileElements = 256 * 1024;
+constexpr int64_t kLargestChunk = 4096;
+// A lane should have a few chunks, none of them so small that its products become slow.
+constexpr int64_t kChunksPerLane = 4;
+constexpr int64_t kSmallestLaneChunk = 128;
 
 // Halves classes, then rows, then classes again until the scratch fits the budget or the
 // floors are reached.
-inline bool shrink_to(ChunkPlan& plan, const SweepSizes& sizes, int64_t budget, int64_t rows_floor, int64_t floor) {
-  const auto too_large = [&] { return scratch_bytes(sizes, plan.row_tile, plan.class_chunk) > budget; };
+inline bool shrink_to(
+    ChunkPlan& plan, const SweepSizes& sizes, int64_t budget, int64_t rows_floor, int64_t classes_floor) {
+  const auto too_large = [&] { return scratch_bytes(sizes, plan) > budget; };
   const auto halve = [&](int64_t& size, int64_t least) {
     while (too_large() && size > least) {
       size = std::max(size / 2, least);
     }
   };
-  halve(plan.class_chunk, 128);
+  halve(plan.class_chunk, kSmallestLaneChunk);
   halve(plan.row_tile, rows_floor);
-  halve(plan.class_chunk, floor);
+  halve(plan.class_chunk, classes_floor);
   return !too_large();
 }
 
 inline ChunkPlan choose_chunk_plan(const SweepSizes& sizes, int64_t workspace_limit) {
-  ChunkPlan plan;
-  plan.row_tile = std::clamp<int64_t>(sizes.rows, 1, kPreferredRows);
-  plan.class_chunk =
-      std::clamp<int64_t>(kPreferredTileElements / plan.row_tile, 1, std::min(sizes.classes, kLargestChunk));
+  ChunkPlan largest;
+  largest.row_tile = std::clamp<int64_t>(sizes.rows, 1, kPreferredRows);
+  largest.class_chunk =
+      std::clamp<int64_t>(kPreferredTileElements / largest.row_tile, 1, std::min(sizes.classes, kLargestChunk));
   // Half of the limit for the scratch leaves room for what is kept; if it must, it takes all.
-  const ChunkPlan largest = plan;
-  if (!shrink_to(plan, sizes, workspace_limit / 2, /*rows_floor=*/16, /*floor=*/8)) {
+  ChunkPlan plan = largest;
+  plan.lanes = sizes.threads;
+  plan.class_chunk = std::min(plan.class_chunk, sizes.classes / (sizes.threads * kChunksPerLane));
+  const bool lanes = sizes.threads > 1 && plan.class_chunk >= kSmallestLaneChunk &&
+      shrink_to(plan, sizes, workspace_limit / 2, kPreferredRows, kSmallestLaneChunk);
+  if (!lanes) {
     plan = largest;
-    shrink_to(plan, sizes, workspace_limit, /*rows_floor=*/1, /*floor=*/1);
+    if (!shrink_to(plan, sizes, workspace_limit / 2, /*rows_floor=*/16, /*classes_floor=*/8)) {
+      plan = largest;
+      shrink_to(plan, sizes, workspace_limit, /*rows_floor=*/1, /*classes_floor=*/1);
+    }
   }
-  plan.scratch_bytes = scratch_bytes(sizes, plan.row_tile, plan.class_chunk);
+  plan.scratch_bytes = scratch_bytes(sizes, plan);
   plan.fits = plan.scratch_bytes <= workspace_limit;
   if (plan.fits && sizes.rows > 0) {
     const int64_t spare = (workspace_limit - plan.scratch_bytes) / (sizes.rows * sizes.acc_bytes);

@@ -7,6 +7,7 @@
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
+#include <functional>
 
 #include "torchmargin/margin.h"
 
@@ -84,7 +85,8 @@ struct SoftmaxChunkArgs {
 struct TargetPassArgs {
   TargetContext context;
   int64_t rows;
-  const double* shift; // [B], [B], [B]: what accumulate_chunk left
+  int64_t lanes; // partial results of each row, combined in order
+  const double* shift; // [lanes, B] each: what accumulate_chunk left
   const double* sum;
   const double* maximum;
   const double* weight_sum; // [D] sum of the (normalised) weights, or nullptr: logit_sum = 0
@@ -143,6 +145,8 @@ struct SweepKernels {
   void (*target_pass)(const TargetPassArgs&, c10::ScalarType acc);
   void (*finish_classes)(const FinishClassesArgs&, c10::ScalarType acc);
   void (*finish_rows)(const FinishRowsArgs&, c10::ScalarType acc);
+  // Runs body(0) ... body(lanes - 1), side by side where the device can.
+  void (*run_lanes)(int64_t lanes, const std::function<void(int64_t)>& body);
   // Is told of a large fresh buffer before it is first written; may do nothing.
   void (*prepare_buffer)(void* data, int64_t bytes);
 };

@@ -2,6 +2,7 @@ from typing import TypedDict
 
 class _Plan(TypedDict):
     path: str
+    lanes: int
     row_tile: int
     class_chunk: int
     kept_classes: int

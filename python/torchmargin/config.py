@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     """How a problem is cut up; see :func:`plan`."""
 
     path: str  # the implementation that would run
+    lanes: int  # threads that each work on chunks of their own; 1: all share out each product
     row_tile: int  # rows in one product
     class_chunk: int  # classes in one product
     kept_classes: int  # leading classes whose products are kept for the backward pass

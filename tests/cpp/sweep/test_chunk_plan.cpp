@@ -12,7 +12,7 @@ using torchmargin::SweepSizes;
 constexpr int64_t kMiB = int64_t{1} << 20;
 
 SweepSizes float32(int64_t rows, int64_t features, int64_t classes) {
-  return {rows, features, classes, 4, false, false};
+  return {rows, features, classes, 4, false, false, 2};
 }
 
 TEST(ChunkPlan, StaysUnderTheLimitOrSaysThatItCannot) {
@@ -21,7 +21,7 @@ TEST(ChunkPlan, StaysUnderTheLimitOrSaysThatItCannot) {
       for (const int64_t classes : {int64_t{1}, int64_t{10}, int64_t{100000}, int64_t{20000000}}) {
         for (const int64_t limit : {int64_t{1024}, int64_t{4096}, kMiB, 256 * kMiB}) {
           for (const bool half : {false, true}) {
-            const SweepSizes sizes{rows, features, classes, 4, half, half};
+            const SweepSizes sizes{rows, features, classes, 4, half, half, half ? 1 : 8};
             const ChunkPlan plan = choose_chunk_plan(sizes, limit);
             EXPECT_GE(plan.row_tile, 1);
             EXPECT_GE(plan.class_chunk, 1);
@@ -59,7 +59,7 @@ TEST(ChunkPlan, IndicesPast32Bits) {
   const ChunkPlan plan = choose_chunk_plan(float32(int64_t{1} << 22, 512, int64_t{1} << 24), 256 * kMiB);
   EXPECT_TRUE(plan.fits);
   EXPECT_EQ(plan.kept_classes, 0);
-  EXPECT_EQ(plan.row_tiles(int64_t{1} << 22) * plan.row_tile, int64_t{1} << 22);
+  EXPECT_EQ(plan.lanes, 1); // operands of all rows would not fit
 }
 
 } // namespace

@@ -1,0 +1,267 @@
+// The backward sweep: each chunk's products are taken from what the forward kept or made
+// again, turned into the softmax weights Q of the other classes, and two products made of
+// them. Each row of grad_weight is written once. The formulas are those of docs/design.md.
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "sweep/class_loop.h"
+#include "sweep/class_sweep.h"
+
+namespace torchmargin {
+namespace {
+
+// The upstream gradients of all rows in float64, and the power of two that brings the
+// largest gradient of other_lse to [1/2, 1): gradients scaled by 2^k then pass through the
+// same products bit for bit, and tiny ones do not make them denormal.
+struct UpstreamVectors {
+  at::Tensor other_lse; // g_o [B], 0 where there is no other class
+  at::Tensor target_logit; // T [B]
+  at::Tensor logit_sum; // g_Z [B], or [0]
+  at::Tensor operand_scale; // [1]
+
+  Upstream pointers() const {
+    return {pointer<double>(other_lse), pointer<double>(target_logit), pointer<double>(logit_sum)};
+  }
+};
+
+at::Tensor power_of_two_scale(const ClassLoop& loop, const at::Tensor& gradient) {
+  const at::Tensor one = loop.double_zeros({1}).fill_(1.0);
+  if (loop.sizes().rows == 0) {
+    return one;
+  }
+  const at::Tensor largest = gradient.abs().max().view({1});
+  // mantissa / largest is 2^-exponent, exactly.
+  const at::Tensor scale = std::get<0>(at::frexp(largest)) / largest;
+  return at::where(at::isfinite(scale).logical_and(largest > 0), scale, one);
+}
+
+UpstreamVectors widen_upstream(const ClassLoop& loop, const BackwardRequest& request) {
+  const auto widen = [&](const std::optional<at::Tensor>& grad) {
+    return grad.has_value() ? grad->to(at::kDouble).contiguous() : loop.double_zeros({loop.sizes().rows});
+  };
+  const at::Tensor none = loop.double_zeros({});
+  UpstreamVectors upstream;
+  upstream.other_lse = at::where(
+      request.other_lse == -std::numeric_limits<double>::infinity(), none, widen(request.grad_other_lse));
+  upstream.target_logit = widen(request.grad_target_logit);
+  upstream.logit_sum = loop.double_zeros({0});
+  if (request.grad_logit_sum.has_value()) {
+    upstream.logit_sum = widen(request.grad_logit_sum);
+    upstream.target_logit = upstream.target_logit + upstream.logit_sum;
+  }
+  const at::Tensor present = loop.target().ge(0).logical_and(loop.target().lt(loop.sizes().classes));
+  upstream.target_logit = at::where(present, upstream.target_logit, none);
+  upstream.operand_scale = power_of_two_scale(loop, upstream.other_lse);
+  return upstream;
+}
+
+// One lane's workspace.
+struct Lane {
+  at::Tensor scratch; // [row_tile * class_chunk] acc
+  at::Tensor weight_buffer; // [class_chunk, D] acc, if weights are converted
+  at::Tensor weight_products; // [class_chunk, D] acc
+  at::Tensor input_products; // [B, D] acc, this lane's part of V
+};
+
+class BackwardSweep {
+ public:
+  BackwardSweep(const LinearProblem& problem, const BackwardRequest& request, const SweepKernels& kernels)
+      : problem_(problem),
+        request_(request),
+        kernels_(kernels),
+        loop_(problem, kernels),
+        sizes_(loop_.sizes()),
+        want_input_(request.wanted[0]),
+        want_weight_(request.wanted[1]),
+        want_bias_(request.wanted[2] && problem.bias.has_value()),
+        kept_classes_(request.kept.size(1)),
+        upstream_(widen_upstream(loop_, request)) {}
+
+  Gradients run() {
+    if (want_input_ || want_weight_ || want_bias_) {
+      allocate();
+      sum_input();
+      load_operands();
+      loop_.for_each_chunk(kept_classes_, [&](int64_t lane, Range classes) { sweep_chunk(lanes_[lane], classes); });
+      for (size_t lane = 1; want_input_ && lane < lanes_.size(); ++lane) {
+        lanes_[0].input_products.add_(lanes_[lane].input_products);
+      }
+    }
+    return finish();
+  }
+
+ private:
+  void allocate() {
+    lanes_.resize(loop_.plan().lanes);
+    for (Lane& lane : lanes_) {
+      lane.scratch = loop_.empty({loop_.plan().row_tile * loop_.plan().class_chunk});
+      lane.weight_buffer = loop_.weight_buffer();
+      if (want_input_) {
+        lane.input_products = loop_.empty({sizes_.rows, sizes_.features}).zero_();
+      }
+      if (want_weight_) {
+        // NB: not grad_weight itself: a product that writes fresh memory waits for its pages.
+        lane.weight_products = loop_.empty({loop_.plan().class_chunk, sizes_.features});
+      }
+    }
+    if (want_weight_) {
+      grad_weight_ = loop_.empty({sizes_.classes, sizes_.features}, problem_.weight.scalar_type());
+    }
+    if (want_bias_) {
+      bias_products_ = loop_.empty({sizes_.classes}).zero_();
+      bias_factor_ = (upstream_.other_lse * upstream_.operand_scale).to(loop_.acc());
+    }
+    if (want_weight_ || want_bias_) {
+      std::tie(sorted_target_, sorted_row_) =
+          at::sort(loop_.target(), /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    }
+  }
+
+  // R and the sum of g_Z: what label smoothing adds to every class.
+  void sum_input() {
+    if (!request_.grad_logit_sum.has_value()) {
+      return;
+    }
+    logit_sum_total_ = upstream_.logit_sum.sum();
+    input_sum_ = loop_.double_zeros({sizes_.features});
+    const RowOperand weighted(
+        loop_, pointer<double>(upstream_.logit_sum), /*operand_scale=*/nullptr, pointer<double>(input_sum_));
+    if (!loop_.plan().whole_operands(sizes_.rows)) {
+      loop_.for_each_tile([&](Range rows) { weighted.tile(rows); });
+    }
+  }
+
+  // A for products that were not kept, and A times the upstream gradient.
+  void load_operands() {
+    if (kept_classes_ < sizes_.classes) {
+      input_.emplace(loop_, /*factor=*/nullptr, /*operand_scale=*/nullptr);
+    }
+    if (want_weight_) {
+      weight_factor_ = upstream_.other_lse * problem_.margin.scale;
+      weighted_input_.emplace(loop_, pointer<double>(weight_factor_), pointer<double>(upstream_.operand_scale));
+    }
+  }
+
+  void sweep_chunk(Lane& lane, Range classes) {
+    const at::Tensor weight = loop_.load_weight(classes, lane.weight_buffer);
+    at::Tensor products; // [class_count, D] for the chunk's grad_weight
+    if (want_weight_) {
+      products = rows_of(lane.weight_products, {0, classes.count});
+      if (sizes_.rows == 0) {
+        products.zero_();
+      }
+    }
+    loop_.for_each_tile([&](Range rows) {
+      const at::Tensor softmax = softmax_tile(lane, rows, classes, weight);
+      if (want_bias_) {
+        multiply_bias(rows, classes, softmax);
+      }
+      if (want_input_) {
+        rows_of(lane.input_products, rows).addmm_(softmax, weight);
+      }
+      if (want_weight_) {
+        const at::Tensor weighted = weighted_input_->tile(rows);
+        rows.begin == 0 ? at::mm_out(products, softmax.t(), weighted) : products.addmm_(softmax.t(), weighted);
+      }
+    });
+    if (want_weight_ || want_bias_) {
+      finish_chunk(classes, weight, products);
+    }
+  }
+
+  // Q of a tile (times 1 / |w_j| where classes are normalised), in the scratch.
+  at::Tensor softmax_tile(const Lane& lane, Range rows, Range classes, const at::Tensor& weight) {
+    at::Tensor softmax = matrix_in(lane.scratch, rows.count, classes.count);
+    at::Tensor logits = softmax;
+    if (classes.begin < kept_classes_) {
+      logits = columns_of(rows_of(request_.kept, rows), classes); // read only
+    } else {
+      at::mm_out(logits, input_->tile(rows), weight.t());
+    }
+    // The bias alone needs Q itself; see multiply_bias.
+    const bool times_inverse_norms = problem_.normalize_weight && !want_bias_;
+    kernels_.softmax_chunk(
+        {loop_.describe(logits, rows, classes, request_.inverse_norms), rows_of(request_.other_lse, rows).data_ptr(),
+         rows_of(upstream_.other_lse, rows).data_ptr<double>(), times_inverse_norms, softmax.data_ptr()},
+        loop_.acc());
+    return softmax;
+  }
+
+  void multiply_bias(Range rows, Range classes, const at::Tensor& softmax) {
+    rows_of(bias_products_, classes).addmv_(softmax.t(), rows_of(bias_factor_, rows));
+    if (problem_.normalize_weight) {
+      softmax.mul_(rows_of(request_.inverse_norms, classes));
+    }
+  }
+
+  void finish_chunk(Range classes, const at::Tensor& weight, const at::Tensor& products) {
+    const bool in_place = sizes_.widen_gradients;
+    const at::Tensor to = !want_weight_ || in_place ? products : rows_of(grad_weight_, classes);
+    kernels_.finish_classes(
+        {loop_.context(), upstream_.pointers(), classes.begin, classes.count, pointer(products), pointer(to),
+         weight.data_ptr(), weight.stride(0),
+         problem_.normalize_weight ? rows_of(request_.inverse_norms, classes).data_ptr() : nullptr,
+         want_bias_ ? rows_of(bias_products_, classes).data_ptr() : nullptr,
+         upstream_.operand_scale.data_ptr<double>(), pointer<double>(input_sum_), pointer<double>(logit_sum_total_),
+         pointer<int64_t>(sorted_target_), pointer<int64_t>(sorted_row_), sizes_.rows},
+        loop_.acc());
+    if (want_weight_ && in_place) {
+      rows_of(grad_weight_, classes).copy_(products);
+    }
+  }
+
+  Gradients finish() {
+    const auto sample_gradient = [&](size_t index, const std::optional<at::Tensor>& sample) {
+      return request_.wanted[index] && sample.has_value() ? loop_.double_zeros({sizes_.rows}) : at::Tensor();
+    };
+    const at::Tensor grad_m2 = sample_gradient(3, problem_.sample_m2);
+    const at::Tensor grad_m3 = sample_gradient(4, problem_.sample_m3);
+    const at::Tensor input_products = want_input_ ? lanes_[0].input_products : at::Tensor();
+    kernels_.finish_rows(
+        {loop_.context(), upstream_.pointers(), sizes_.rows,
+         request_.grad_logit_sum.has_value() ? pointer<double>(request_.weight_sum) : nullptr,
+         pointer(input_products), pointer<double>(grad_m2), pointer<double>(grad_m3)},
+        loop_.acc());
+    const auto returned = [&](const at::Tensor& gradient, const std::optional<at::Tensor>& of) {
+      return gradient.defined() ? gradient.to(of->scalar_type()) : at::empty({0}, problem_.input.options());
+    };
+    return {
+        returned(input_products, problem_.input),
+        returned(grad_weight_, problem_.weight),
+        returned(bias_products_, problem_.bias),
+        returned(grad_m2, problem_.sample_m2),
+        returned(grad_m3, problem_.sample_m3)};
+  }
+
+  const LinearProblem& problem_;
+  const BackwardRequest& request_;
+  const SweepKernels& kernels_;
+  const ClassLoop loop_;
+  const SweepSizes& sizes_;
+  const bool want_input_, want_weight_, want_bias_;
+  const int64_t kept_classes_;
+  const UpstreamVectors upstream_;
+
+  std::vector<Lane> lanes_;
+  std::optional<RowOperand> input_; // A
+  std::optional<RowOperand> weighted_input_; // operand_scale scale g_o A
+  at::Tensor weight_factor_; // [B] scale g_o
+  at::Tensor bias_factor_; // [B] acc, operand_scale g_o
+  at::Tensor bias_products_; // [C] acc, becomes grad_bias
+  at::Tensor grad_weight_; // [C, D]
+  at::Tensor input_sum_; // R [D]
+  at::Tensor logit_sum_total_; // 0-dim
+  at::Tensor sorted_target_, sorted_row_; // [B]
+};
+
+} // namespace
+
+Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& request, const SweepKernels& kernels) {
+  return BackwardSweep(problem, request, kernels).run();
+}
+
+} // namespace torchmargin
