@@ -39,8 +39,7 @@ LinearMarginLse linear_margin_lse(
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torchmargin::linear_margin_lse", "")
                              .typed<LseTuple(TORCHMARGIN_LINEAR_PARAMETERS)>();
-  auto [other_lse, target_logit, logit_sum, target_angle, max_other_logit] =
-      call(op, input, weight, target, options);
+  auto [other_lse, target_logit, logit_sum, target_angle, max_other_logit] = call(op, input, weight, target, options);
   return {other_lse, target_logit, logit_sum, target_angle, max_other_logit};
 }
 
@@ -49,10 +48,9 @@ at::Tensor linear_margin_cross_entropy(
     const at::Tensor& weight,
     const at::Tensor& target,
     const LinearMarginCrossEntropyFuncOptions& options) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torchmargin::linear_margin_cross_entropy", "")
-          .typed<at::Tensor(TORCHMARGIN_LINEAR_PARAMETERS, double, int64_t, std::string_view)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torchmargin::linear_margin_cross_entropy", "")
+                             .typed<at::Tensor(TORCHMARGIN_LINEAR_PARAMETERS, double, int64_t, std::string_view)>();
   return call(
       op, input, weight, target, options.linear(), options.label_smoothing(), options.ignore_index(),
       std::string_view(options.reduction()));

@@ -42,8 +42,7 @@ int64_t get_workspace_limit(const std::string& device_type) {
 void set_workspace_limit(const std::string& device_type, int64_t bytes) {
   if (bytes < 1) {
     throw std::invalid_argument(
-        "torchmargin: expected the workspace limit to be a positive number of bytes, but got " +
-        std::to_string(bytes));
+        "torchmargin: expected the workspace limit to be a positive number of bytes, but got " + std::to_string(bytes));
   }
   torchmargin::set_workspace_limit(parse_device(device_type), bytes);
 }
@@ -68,8 +67,8 @@ Plan choose_plan(
   const int64_t limit = get_workspace_limit(device_type);
   const SweepSizes sizes{rows, features, classes, dtype == "float64" ? 8 : 4, half, half, at::get_num_threads()};
   const ChunkPlan plan = choose_chunk_plan(sizes, limit);
-  return {
-      "cpu-sweep", plan.lanes, plan.row_tile, plan.class_chunk, plan.kept_classes, plan.scratch_bytes, limit, plan.fits};
+  return {"cpu-sweep",       plan.lanes,         plan.row_tile, plan.class_chunk,
+          plan.kept_classes, plan.scratch_bytes, limit,         plan.fits};
 }
 
 } // namespace torchmargin::bindings

@@ -29,11 +29,7 @@ TORCHMARGIN_API std::vector<std::string> cuda_architectures();
 TORCHMARGIN_API int64_t get_workspace_limit(const std::string& device_type);
 TORCHMARGIN_API void set_workspace_limit(const std::string& device_type, int64_t bytes);
 // dtype is "float64", "float32", "bfloat16" or "float16".
-TORCHMARGIN_API Plan choose_plan(
-    int64_t rows,
-    int64_t features,
-    int64_t classes,
-    const std::string& dtype,
-    const std::string& device_type);
+TORCHMARGIN_API Plan
+choose_plan(int64_t rows, int64_t features, int64_t classes, const std::string& dtype, const std::string& device_type);
 
 } // namespace torchmargin::bindings

@@ -28,9 +28,6 @@ PYBIND11_MODULE(_C, module) {
         result["fits"] = plan.fits;
         return result;
       },
-      pybind11::arg("rows"),
-      pybind11::arg("features"),
-      pybind11::arg("classes"),
-      pybind11::arg("dtype"),
+      pybind11::arg("rows"), pybind11::arg("features"), pybind11::arg("classes"), pybind11::arg("dtype"),
       pybind11::arg("device_type"));
 }

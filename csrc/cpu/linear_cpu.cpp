@@ -45,8 +45,7 @@ BackwardTuple linear_margin_backward_cpu(
     std::array<bool, 5> wanted) {
   const LinearProblem problem = make_linear_problem("_linear_margin_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
   return to_tuple(sweep_backward(
-      problem,
-      {grad_other_lse, grad_target_logit, grad_logit_sum, other_lse, kept, inverse_norms, weight_sum, wanted},
+      problem, {grad_other_lse, grad_target_logit, grad_logit_sum, other_lse, kept, inverse_norms, weight_sum, wanted},
       sweep_kernels()));
 }
 

@@ -189,8 +189,7 @@ void project_row(const T* row, const T* w, T* out, int64_t size, T inverse_norm,
 }
 
 template <typename T>
-constexpr RowKernels<T> kTable{
-    squared_norm<T>, scale_row<T>, add_row<T>, sum_block<T>, softmax_row<T>, project_row<T>};
+constexpr RowKernels<T> kTable{squared_norm<T>, scale_row<T>, add_row<T>, sum_block<T>, softmax_row<T>, project_row<T>};
 
 } // namespace
 

@@ -8,10 +8,10 @@
 
 namespace torchmargin::cpu {
 
-#define TORCHMARGIN_DECLARE_ISA(name)           \
-  namespace name {                              \
-  const RowKernels<float>& float_kernels();     \
-  const RowKernels<double>& double_kernels();   \
+#define TORCHMARGIN_DECLARE_ISA(name)         \
+  namespace name {                            \
+  const RowKernels<float>& float_kernels();   \
+  const RowKernels<double>& double_kernels(); \
   }
 TORCHMARGIN_DECLARE_ISA(baseline)
 #if defined(__x86_64__)

@@ -108,9 +108,9 @@ inline Vector<double> exp(Vector<double> x) {
   const Vector<double> n = shifted - magic;
   const Vector<double> r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
   // Taylor: r^14/14! is below 5e-18 on [-ln2/2, ln2/2].
-  constexpr double coefficients[] = {
-      1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
-      1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5};
+  constexpr double coefficients[] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
+                                     1.0 / 362880.0,     1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,
+                                     1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        0.5};
   Vector<double> p = Vector<double>{};
   for (const double coefficient : coefficients) {
     p = p * r + coefficient;

@@ -80,9 +80,7 @@ LogitMap<T> logit_map(const LogitsTile& tile, int64_t first) {
   const T* const norms = static_cast<const T*>(tile.inverse_norms);
   const T* const bias = static_cast<const T*>(tile.bias);
   return {
-      static_cast<T>(tile.scale),
-      norms != nullptr ? norms + first : nullptr,
-      bias != nullptr ? bias + first : nullptr};
+      static_cast<T>(tile.scale), norms != nullptr ? norms + first : nullptr, bias != nullptr ? bias + first : nullptr};
 }
 
 // The target's column within the tile; class_count if it is not there.
@@ -133,12 +131,8 @@ void softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc) {
           continue;
         }
         kernels.softmax_row(
-            static_cast<const T*>(tile.logits) + i * tile.row_stride,
-            out,
-            tile.class_count,
-            logit_map<T>(tile, 0),
-            static_cast<const T*>(args.other_lse)[i],
-            args.times_inverse_norms && tile.inverse_norms != nullptr);
+            static_cast<const T*>(tile.logits) + i * tile.row_stride, out, tile.class_count, logit_map<T>(tile, 0),
+            static_cast<const T*>(args.other_lse)[i], args.times_inverse_norms && tile.inverse_norms != nullptr);
         const int64_t column = target_column(tile, i);
         if (column < tile.class_count) {
           out[column] = T(0);
@@ -156,16 +150,15 @@ void target_pass_rows(const TargetPassArgs& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const TargetRow row = evaluate_target<Scalar>(context, i);
     const double bias = row.present ? vector_element(context.bias, row.target, 0.0) : 0.0;
-    const double target_logit =
-        row.present ? context.margin.scale * row.alpha * row.beta * row.margin.psi + bias : 0.0;
+    const double target_logit = row.present ? context.margin.scale * row.alpha * row.beta * row.margin.psi + bias : 0.0;
     double logit_sum = 0.0;
     if (args.weight_sum != nullptr) {
       for (int64_t k = 0; k < context.features; ++k) {
         const double others = args.weight_sum[k] - (row.present ? row.b * w(row.target, k) : 0.0);
         logit_sum += row.a * x(i, k) * others;
       }
-      logit_sum = context.margin.scale * logit_sum + (args.bias_sum != nullptr ? *args.bias_sum - bias : 0.0) +
-          target_logit;
+      logit_sum =
+          context.margin.scale * logit_sum + (args.bias_sum != nullptr ? *args.bias_sum - bias : 0.0) + target_logit;
     }
     OnlineLse total;
     double maximum = -std::numeric_limits<double>::infinity();
@@ -179,20 +172,18 @@ void target_pass_rows(const TargetPassArgs& args, int64_t begin, int64_t end) {
     static_cast<T*>(args.logit_sum)[i] = static_cast<T>(logit_sum);
     static_cast<T*>(args.target_angle)[i] = static_cast<T>(row.present ? row.angle.theta : 0.0);
     // The maximum passed NaN over; the sum did not.
-    static_cast<T*>(args.max_other_logit)[i] =
-        static_cast<T>(std::isnan(other_lse) ? other_lse : maximum);
+    static_cast<T*>(args.max_other_logit)[i] = static_cast<T>(std::isnan(other_lse) ? other_lse : maximum);
   }
 }
 
 void target_pass(const TargetPassArgs& args, c10::ScalarType acc) {
   with_acc(acc, [&](auto zero) {
     using T = decltype(zero);
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, args.context.input.dtype, "torchmargin_target_pass", [&] {
-          at::parallel_for(0, args.rows, grain(args.context.features * 4), [&](int64_t begin, int64_t end) {
-            target_pass_rows<scalar_t, T>(args, begin, end);
-          });
-        });
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, args.context.input.dtype, "torchmargin_target_pass", [&] {
+      at::parallel_for(0, args.rows, grain(args.context.features * 4), [&](int64_t begin, int64_t end) {
+        target_pass_rows<scalar_t, T>(args, begin, end);
+      });
+    });
   });
 }
 
@@ -400,15 +391,14 @@ void finish_row(const FinishRowsArgs& args, int64_t i, std::vector<double>& grad
 void finish_rows(const FinishRowsArgs& args, c10::ScalarType acc) {
   with_acc(acc, [&](auto zero) {
     using T = decltype(zero);
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, args.context.input.dtype, "torchmargin_finish_rows", [&] {
-          at::parallel_for(0, args.rows, grain(args.context.features * 8), [&](int64_t begin, int64_t end) {
-            std::vector<double> gradient(args.context.features);
-            for (int64_t i = begin; i < end; ++i) {
-              finish_row<scalar_t, T>(args, i, gradient);
-            }
-          });
-        });
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, args.context.input.dtype, "torchmargin_finish_rows", [&] {
+      at::parallel_for(0, args.rows, grain(args.context.features * 8), [&](int64_t begin, int64_t end) {
+        std::vector<double> gradient(args.context.features);
+        for (int64_t i = begin; i < end; ++i) {
+          finish_row<scalar_t, T>(args, i, gradient);
+        }
+      });
+    });
   });
 }
 
@@ -440,8 +430,8 @@ void prepare_buffer(void* data, int64_t bytes) {
 } // namespace
 
 const SweepKernels& sweep_kernels() {
-  static constexpr SweepKernels kernels{
-      load_rows, accumulate_chunk, softmax_chunk, target_pass, finish_classes, finish_rows, run_lanes, prepare_buffer};
+  static constexpr SweepKernels kernels{load_rows,      accumulate_chunk, softmax_chunk, target_pass,
+                                        finish_classes, finish_rows,      run_lanes,     prepare_buffer};
   return kernels;
 }
 

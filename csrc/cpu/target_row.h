@@ -105,11 +105,8 @@ TargetRow evaluate_target(const TargetContext& context, int64_t row) {
   const MarginParameters& margin = context.margin;
   result.mu = margin.margin_weight * vector_element(context.sample_margin_weight, row, 1.0);
   result.margin = apply_margin(
-      margin,
-      result.angle,
-      margin.m2 + vector_element(context.sample_m2, row, 0.0),
-      margin.m3 + vector_element(context.sample_m3, row, 0.0),
-      result.mu);
+      margin, result.angle, margin.m2 + vector_element(context.sample_m2, row, 0.0),
+      margin.m3 + vector_element(context.sample_m3, row, 0.0), result.mu);
   return result;
 }
 

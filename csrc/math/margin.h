@@ -20,10 +20,8 @@ struct MarginValue {
 };
 
 // E(phi) with its derivatives to theta and to m2.
-TORCHMARGIN_HOST_DEVICE inline MarginValue extended_cosine(
-    const MarginParameters& parameters,
-    const Angle& angle,
-    double m2) {
+TORCHMARGIN_HOST_DEVICE inline MarginValue
+extended_cosine(const MarginParameters& parameters, const Angle& angle, double m2) {
   constexpr double kPi = 3.14159265358979323846;
   const double m1 = parameters.m1;
   const double phi = m1 * angle.theta + m2;
@@ -63,12 +61,8 @@ TORCHMARGIN_HOST_DEVICE inline MarginValue extended_cosine(
 }
 
 // mu = margin_weight * sample_margin_weight of the row; m2 and m3 are the row's own.
-TORCHMARGIN_HOST_DEVICE inline MarginValue apply_margin(
-    const MarginParameters& parameters,
-    const Angle& angle,
-    double m2,
-    double m3,
-    double mu) {
+TORCHMARGIN_HOST_DEVICE inline MarginValue
+apply_margin(const MarginParameters& parameters, const Angle& angle, double m2, double m3, double mu) {
   const MarginValue extended = extended_cosine(parameters, angle, m2);
   MarginValue value;
   value.psi = angle.cosine + mu * (extended.psi - m3 - angle.cosine);

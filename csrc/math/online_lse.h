@@ -27,8 +27,7 @@ struct OnlineLse {
 
   // The log-sum-exp; -inf for an empty sum.
   TORCHMARGIN_HOST_DEVICE double project() const {
-    return shift == -std::numeric_limits<double>::infinity() && sum == 0.0 ? shift
-                                                                          : shift + std::log(sum);
+    return shift == -std::numeric_limits<double>::infinity() && sum == 0.0 ? shift : shift + std::log(sum);
   }
 };
 

@@ -40,8 +40,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_ma
   const LinearProblem problem = make_linear_problem("linear_margin_lse", TORCHMARGIN_LINEAR_ARGUMENTS);
   const ForwardResult result = call_linear_forward(
       problem, {.ignore_index = std::nullopt, .with_logit_sum = true, .kept_classes = choose_kept_classes(problem)});
-  return {
-      result.other_lse, result.target_logit, result.logit_sum, result.target_angle, result.max_other_logit};
+  return {result.other_lse, result.target_logit, result.logit_sum, result.target_angle, result.max_other_logit};
 }
 
 enum class Reduction { none, mean, sum };
@@ -66,13 +65,12 @@ at::Tensor linear_margin_cross_entropy(
   const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_LINEAR_ARGUMENTS);
   const Reduction reduction = parse_reduction(op, reduction_name);
   TORCH_CHECK(
-      label_smoothing >= 0 && label_smoothing <= 1,
-      op, ": expected label_smoothing in [0, 1], but got ", label_smoothing);
+      label_smoothing >= 0 && label_smoothing <= 1, op, ": expected label_smoothing in [0, 1], but got ",
+      label_smoothing);
 
   const bool smooth = label_smoothing > 0;
   const ForwardResult result = call_linear_forward(
-      problem,
-      {.ignore_index = ignore_index, .with_logit_sum = smooth, .kept_classes = choose_kept_classes(problem)});
+      problem, {.ignore_index = ignore_index, .with_logit_sum = smooth, .kept_classes = choose_kept_classes(problem)});
 
   // NB: ignored rows are replaced before and after the arithmetic. Once would let
   // 0 * NaN through to the gradients of an ignored row that holds NaN.

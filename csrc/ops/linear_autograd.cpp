@@ -160,8 +160,7 @@ struct LinearMarginBackward : public Node {
  private:
   template <typename Function>
   void each_saved(Function function) {
-    for (SavedVariable* variable :
-         {&input, &weight, &target, &bias, &sample_m2, &sample_m3, &sample_margin_weight}) {
+    for (SavedVariable* variable : {&input, &weight, &target, &bias, &sample_m2, &sample_m3, &sample_margin_weight}) {
       function(*variable, /*is_output=*/false);
     }
     function(other_lse, /*is_output=*/true);
@@ -176,8 +175,7 @@ struct LinearMarginSecondDerivative : public Node {
     return "LinearMarginSecondDerivative";
   }
   variable_list apply(variable_list&&) override {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        false, "_linear_margin_backward: second derivatives are not implemented");
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "_linear_margin_backward: second derivatives are not implemented");
   }
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {}
   variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables&) override {
@@ -227,10 +225,9 @@ BackwardTuple linear_margin_backward_autograd(
     std::array<bool, 5> wanted) {
   const LinearProblem problem = make_linear_problem("_linear_margin_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
   check_no_tangents(
-      "_linear_margin_backward", input, weight, problem.bias, problem.sample_m2, problem.sample_m3,
-      grad_other_lse, grad_target_logit, grad_logit_sum, other_lse);
-  const std::array<std::optional<at::Tensor>, 4> upstream{
-      grad_other_lse, grad_target_logit, grad_logit_sum, other_lse};
+      "_linear_margin_backward", input, weight, problem.bias, problem.sample_m2, problem.sample_m3, grad_other_lse,
+      grad_target_logit, grad_logit_sum, other_lse);
+  const std::array<std::optional<at::Tensor>, 4> upstream{grad_other_lse, grad_target_logit, grad_logit_sum, other_lse};
   bool requires_grad = any_requires_grad(problem);
   for (const auto& tensor : upstream) {
     requires_grad = requires_grad || (c10::GradMode::is_enabled() && tensor.has_value() && tensor->requires_grad());

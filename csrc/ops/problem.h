@@ -15,22 +15,21 @@
 
 // The arguments that all linear ops share, as the schema, as C++ parameters and as
 // a call's arguments. They are written down here and nowhere else.
-#define TORCHMARGIN_LINEAR_SCHEMA                                                                \
-  "Tensor input, Tensor weight, Tensor target, Tensor? bias=None, *, float scale=1.0, "          \
-  "float m1=1.0, float m2=0.0, float m3=0.0, Tensor? sample_m2=None, Tensor? sample_m3=None, "   \
-  "Tensor? sample_margin_weight=None, str extension=\"none\", float margin_weight=1.0, "         \
-  "str margin_gradient=\"exact\", bool normalize_input=True, bool normalize_weight=True, "       \
+#define TORCHMARGIN_LINEAR_SCHEMA                                                              \
+  "Tensor input, Tensor weight, Tensor target, Tensor? bias=None, *, float scale=1.0, "        \
+  "float m1=1.0, float m2=0.0, float m3=0.0, Tensor? sample_m2=None, Tensor? sample_m3=None, " \
+  "Tensor? sample_margin_weight=None, str extension=\"none\", float margin_weight=1.0, "       \
+  "str margin_gradient=\"exact\", bool normalize_input=True, bool normalize_weight=True, "     \
   "ScalarType? compute_dtype=None"
-#define TORCHMARGIN_LINEAR_PARAMETERS                                                            \
-  const at::Tensor &input, const at::Tensor &weight, const at::Tensor &target,                   \
-      const std::optional<at::Tensor>&bias, double scale, double m1, double m2, double m3,       \
-      const std::optional<at::Tensor>&sample_m2, const std::optional<at::Tensor>&sample_m3,      \
-      const std::optional<at::Tensor>&sample_margin_weight, std::string_view extension,          \
-      double margin_weight, std::string_view margin_gradient, bool normalize_input,              \
+#define TORCHMARGIN_LINEAR_PARAMETERS                                                                                \
+  const at::Tensor &input, const at::Tensor &weight, const at::Tensor &target, const std::optional<at::Tensor>&bias, \
+      double scale, double m1, double m2, double m3, const std::optional<at::Tensor>&sample_m2,                      \
+      const std::optional<at::Tensor>&sample_m3, const std::optional<at::Tensor>&sample_margin_weight,               \
+      std::string_view extension, double margin_weight, std::string_view margin_gradient, bool normalize_input,      \
       bool normalize_weight, std::optional<at::ScalarType> compute_dtype
-#define TORCHMARGIN_LINEAR_ARGUMENTS                                                             \
-  input, weight, target, bias, scale, m1, m2, m3, sample_m2, sample_m3, sample_margin_weight,    \
-      extension, margin_weight, margin_gradient, normalize_input, normalize_weight, compute_dtype
+#define TORCHMARGIN_LINEAR_ARGUMENTS                                                                     \
+  input, weight, target, bias, scale, m1, m2, m3, sample_m2, sample_m3, sample_margin_weight, extension, \
+      margin_weight, margin_gradient, normalize_input, normalize_weight, compute_dtype
 
 namespace torchmargin {
 
@@ -94,8 +93,8 @@ struct BackwardRequest {
 using Gradients = std::array<at::Tensor, 5>;
 
 // What the operators return to the dispatcher.
-using ForwardTuple = std::tuple<
-    at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using ForwardTuple =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using BackwardTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 ForwardTuple to_tuple(const ForwardResult& result);
 BackwardTuple to_tuple(const Gradients& gradients);

@@ -45,8 +45,8 @@ UpstreamVectors widen_upstream(const ClassLoop& loop, const BackwardRequest& req
   };
   const at::Tensor none = loop.double_zeros({});
   UpstreamVectors upstream;
-  upstream.other_lse = at::where(
-      request.other_lse == -std::numeric_limits<double>::infinity(), none, widen(request.grad_other_lse));
+  upstream.other_lse =
+      at::where(request.other_lse == -std::numeric_limits<double>::infinity(), none, widen(request.grad_other_lse));
   upstream.target_logit = widen(request.grad_target_logit);
   upstream.logit_sum = loop.double_zeros({0});
   if (request.grad_logit_sum.has_value()) {
@@ -205,9 +205,9 @@ class BackwardSweep {
         {loop_.context(), upstream_.pointers(), classes.begin, classes.count, pointer(products), pointer(to),
          weight.data_ptr(), weight.stride(0),
          problem_.normalize_weight ? rows_of(request_.inverse_norms, classes).data_ptr() : nullptr,
-         want_bias_ ? rows_of(bias_products_, classes).data_ptr() : nullptr,
-         upstream_.operand_scale.data_ptr<double>(), pointer<double>(input_sum_), pointer<double>(logit_sum_total_),
-         pointer<int64_t>(sorted_target_), pointer<int64_t>(sorted_row_), sizes_.rows},
+         want_bias_ ? rows_of(bias_products_, classes).data_ptr() : nullptr, upstream_.operand_scale.data_ptr<double>(),
+         pointer<double>(input_sum_), pointer<double>(logit_sum_total_), pointer<int64_t>(sorted_target_),
+         pointer<int64_t>(sorted_row_), sizes_.rows},
         loop_.acc());
     if (want_weight_ && in_place) {
       rows_of(grad_weight_, classes).copy_(products);
@@ -223,17 +223,15 @@ class BackwardSweep {
     const at::Tensor input_products = want_input_ ? lanes_[0].input_products : at::Tensor();
     kernels_.finish_rows(
         {loop_.context(), upstream_.pointers(), sizes_.rows,
-         request_.grad_logit_sum.has_value() ? pointer<double>(request_.weight_sum) : nullptr,
-         pointer(input_products), pointer<double>(grad_m2), pointer<double>(grad_m3)},
+         request_.grad_logit_sum.has_value() ? pointer<double>(request_.weight_sum) : nullptr, pointer(input_products),
+         pointer<double>(grad_m2), pointer<double>(grad_m3)},
         loop_.acc());
     const auto returned = [&](const at::Tensor& gradient, const std::optional<at::Tensor>& of) {
       return gradient.defined() ? gradient.to(of->scalar_type()) : at::empty({0}, problem_.input.options());
     };
     return {
-        returned(input_products, problem_.input),
-        returned(grad_weight_, problem_.weight),
-        returned(bias_products_, problem_.bias),
-        returned(grad_m2, problem_.sample_m2),
+        returned(input_products, problem_.input), returned(grad_weight_, problem_.weight),
+        returned(bias_products_, problem_.bias), returned(grad_m2, problem_.sample_m2),
         returned(grad_m3, problem_.sample_m3)};
   }
 

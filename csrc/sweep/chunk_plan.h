@@ -48,11 +48,11 @@ inline int64_t scratch_bytes(const SweepSizes& sizes, const ChunkPlan& plan) {
   return elements * sizes.acc_bytes;
 }
 
-// On the CPU a tile of 256 x 1024 float32 logits, its operands and its gradients stay in
+// On the CPU a tile of 256 x 512 float32 logits, its operands and its gradients stay in
 // the last cache levels, and the products run at the speed of the whole one
 // (docs/design.md).
 constexpr int64_t kPreferredRows = 256;
-constexpr int64_t kPreferredTileElements = 256 * 1024;
+constexpr int64_t kPreferredTileElements = 256 * 512;
 constexpr int64_t kLargestChunk = 4096;
 // A lane should have a few chunks, none of them so small that its products become slow.
 constexpr int64_t kChunksPerLane = 4;
@@ -60,8 +60,8 @@ constexpr int64_t kSmallestLaneChunk = 128;
 
 // Halves classes, then rows, then classes again until the scratch fits the budget or the
 // floors are reached.
-inline bool shrink_to(
-    ChunkPlan& plan, const SweepSizes& sizes, int64_t budget, int64_t rows_floor, int64_t classes_floor) {
+inline bool
+shrink_to(ChunkPlan& plan, const SweepSizes& sizes, int64_t budget, int64_t rows_floor, int64_t classes_floor) {
   const auto too_large = [&] { return scratch_bytes(sizes, plan) > budget; };
   const auto halve = [&](int64_t& size, int64_t least) {
     while (too_large() && size > least) {

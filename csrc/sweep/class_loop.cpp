@@ -73,8 +73,7 @@ ClassLoop::ClassLoop(const LinearProblem& problem, const SweepKernels& kernels)
   const int64_t limit = workspace_limit(problem.input.device().type());
   plan_ = choose_chunk_plan(sizes_, limit);
   TORCH_CHECK(
-      plan_.fits,
-      "torchmargin: the workspace limit of ", limit, " bytes is too small for a problem with ", sizes_.rows,
+      plan_.fits, "torchmargin: the workspace limit of ", limit, " bytes is too small for a problem with ", sizes_.rows,
       " rows, ", sizes_.features, " features and ", sizes_.classes, " classes in ", problem.input.scalar_type(),
       "; it needs at least ", plan_.scratch_bytes, " bytes");
   if (problem.bias.has_value()) {
@@ -121,8 +120,8 @@ TargetContext ClassLoop::context() const {
       raw_vector(problem_.sample_margin_weight)};
 }
 
-LogitsTile ClassLoop::describe(
-    const at::Tensor& logits, Range rows, Range classes, const at::Tensor& inverse_norms) const {
+LogitsTile ClassLoop::describe(const at::Tensor& logits, Range rows, Range classes, const at::Tensor& inverse_norms)
+    const {
   return {
       logits.data_ptr(),
       logits.stride(0),

@@ -66,7 +66,9 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
           ? columns_of(rows_of(result.kept, rows), classes)
           : matrix_in(lanes[lane].scratch, rows.count, classes.count);
       at::mm_out(logits, input.tile(rows), weight.t());
-      const auto of_tile = [&](const at::Tensor& state) { return state.data_ptr<double>() + lane * sizes.rows + rows.begin; };
+      const auto of_tile = [&](const at::Tensor& state) {
+        return state.data_ptr<double>() + lane * sizes.rows + rows.begin;
+      };
       kernels.accumulate_chunk(
           {loop.describe(logits, rows, classes, result.inverse_norms), loop.bounded(), of_tile(shift), of_tile(sum),
            of_tile(maximum)},

@@ -23,8 +23,7 @@ int64_t workspace_limit(c10::DeviceType device) {
 void set_workspace_limit(c10::DeviceType device, int64_t bytes) {
   TORCH_CHECK_VALUE(
       device == c10::DeviceType::CPU || device == c10::DeviceType::CUDA,
-      "torchmargin: expected a workspace limit for cpu or cuda, but got device type ",
-      device);
+      "torchmargin: expected a workspace limit for cpu or cuda, but got device type ", device);
   TORCH_CHECK_VALUE(
       bytes > 0, "torchmargin: expected the workspace limit to be a positive number of bytes, but got ", bytes);
   limit_of(device).store(bytes, std::memory_order_relaxed);

@@ -66,12 +66,10 @@ TEST_P(EveryExtension, ValueAndDerivativesMatchLongDouble) {
           }
           EXPECT_NEAR(
               value.dtheta,
-              static_cast<double>((psi(p, theta + h, m2, 0.2L, mu) - psi(p, theta - h, m2, 0.2L, mu)) / (2 * h)),
-              1e-9);
+              static_cast<double>((psi(p, theta + h, m2, 0.2L, mu) - psi(p, theta - h, m2, 0.2L, mu)) / (2 * h)), 1e-9);
           EXPECT_NEAR(
               value.dm2,
-              static_cast<double>((psi(p, theta, m2 + h, 0.2L, mu) - psi(p, theta, m2 - h, 0.2L, mu)) / (2 * h)),
-              1e-9);
+              static_cast<double>((psi(p, theta, m2 + h, 0.2L, mu) - psi(p, theta, m2 - h, 0.2L, mu)) / (2 * h)), 1e-9);
         }
       }
     }

@@ -5,8 +5,8 @@
 
 namespace {
 
-using torchmargin::ChunkPlan;
 using torchmargin::choose_chunk_plan;
+using torchmargin::ChunkPlan;
 using torchmargin::SweepSizes;
 
 constexpr int64_t kMiB = int64_t{1} << 20;

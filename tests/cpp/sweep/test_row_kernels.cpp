@@ -127,8 +127,7 @@ TYPED_TEST(RowKernelsTest, NormsScalesAndProjections) {
       EXPECT_EQ(scaled[k], static_cast<T>(static_cast<double>(row[k]) * (1.0 / 3.0)));
       EXPECT_EQ(sum[k], 1.0 + 2.0 * row[k]);
       EXPECT_EQ(plain[k], row[k] * T(0.5));
-      EXPECT_NEAR(
-          out[k], static_cast<double>(0.5L * (row[k] - dot / w_squared * w[k])), this->kTolerance * size);
+      EXPECT_NEAR(out[k], static_cast<double>(0.5L * (row[k] - dot / w_squared * w[k])), this->kTolerance * size);
     }
   }
 }
