@@ -3,8 +3,10 @@
     python benchmarks/cpu.py                 all sizes
     python benchmarks/cpu.py --rows 256 --classes 100000 --runs 15
 
-Every round runs each contender once, in turn, so that a noisy machine disturbs all of them;
-the medians of the rounds are compared. A peer's loss must equal ours before it is timed. Peak
+Every round runs each contender in turn, so that a noisy machine disturbs all of them, and the
+medians of the rounds are compared. A contender runs twice in a row and the second run counts:
+in training a step follows its like and finds the memory that the last one freed, while memory
+that another contender freed seconds ago may have to be fetched from the host again. A peer's loss must equal ours before it is timed. Peak
 memory is the process's resident peak during one run, beyond what it held before (inputs are
 held, gradients are not). A peer that cannot fit is named with its estimated need and not run.
 """
@@ -97,6 +99,7 @@ def measure(rows: int, features: int, classes: int, runs: int) -> list[dict]:
             result["peak_mib"] = round(resident_peak(contenders[result["name"]]) / MiB)
     for _ in tqdm(range(runs), desc=f"B={rows} C={classes}", leave=False, file=sys.stderr):
         for name, run in contenders.items():
+            run()
             began = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - began)
