@@ -40,7 +40,9 @@ class CMakeBuild(build_ext):
 
     def run(self):
         if not TORCH.exists():
-            raise SystemExit(f"torchmargin: torch is not installed in {TORCH.parent}; install it first, then torchmargin")
+            raise SystemExit(
+                f"torchmargin: torch is not installed in {TORCH.parent}; install it first, then torchmargin"
+            )
         build = Path(os.environ.get("TORCHMARGIN_BUILD_DIR", Path(self.build_temp) / "cmake")).resolve()
         prefix = Path(self.build_lib).resolve() / "torchmargin"
         for stale in ("lib", "include"):  # of an earlier build in the same folder

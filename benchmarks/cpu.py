@@ -6,9 +6,10 @@
 Every round runs each contender in turn, so that a noisy machine disturbs all of them, and the
 medians of the rounds are compared. A contender runs twice in a row and the second run counts:
 in training a step follows its like and finds the memory that the last one freed, while memory
-that another contender freed seconds ago may have to be fetched from the host again. A peer's loss must equal ours before it is timed. Peak
-memory is the process's resident peak during one run, beyond what it held before (inputs are
-held, gradients are not). A peer that cannot fit is named with its estimated need and not run.
+that another contender freed seconds ago may have to be fetched from the host again. A peer's
+loss must equal ours before it is timed. Peak memory is the process's resident peak during one
+run, beyond what it held before (inputs are held, gradients are not). A peer that cannot fit is
+named with its estimated need and not run.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import time
 from pathlib import Path
 
 import torch
-from peers import MARGIN, SCALE, bytes_needed, chunked_products, peers, whole_products
 from torch import Tensor
 from tqdm import tqdm
 
 import torchmargin
 import torchmargin.functional as F
+
+from peers import MARGIN, SCALE, bytes_needed, chunked_products, peers, whole_products
 
 MiB = 1 << 20
 

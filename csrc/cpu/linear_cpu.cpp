@@ -33,16 +33,7 @@ ForwardTuple linear_margin_forward_cpu(
   return to_tuple(sweep_forward(problem, {ignore_index, with_logit_sum, kept_classes}, sweep_kernels()));
 }
 
-BackwardTuple linear_margin_backward_cpu(
-    TORCHMARGIN_LINEAR_PARAMETERS,
-    const std::optional<at::Tensor>& grad_other_lse,
-    const std::optional<at::Tensor>& grad_target_logit,
-    const std::optional<at::Tensor>& grad_logit_sum,
-    const at::Tensor& other_lse,
-    const at::Tensor& kept,
-    const at::Tensor& inverse_norms,
-    const at::Tensor& weight_sum,
-    std::array<bool, 5> wanted) {
+BackwardTuple linear_margin_backward_cpu(TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS) {
   const LinearProblem problem = make_linear_problem("_linear_margin_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
   return to_tuple(sweep_backward(
       problem, {grad_other_lse, grad_target_logit, grad_logit_sum, other_lse, kept, inverse_norms, weight_sum, wanted},

@@ -213,16 +213,7 @@ ForwardTuple linear_margin_forward_autograd(
   return to_tuple(result);
 }
 
-BackwardTuple linear_margin_backward_autograd(
-    TORCHMARGIN_LINEAR_PARAMETERS,
-    const std::optional<at::Tensor>& grad_other_lse,
-    const std::optional<at::Tensor>& grad_target_logit,
-    const std::optional<at::Tensor>& grad_logit_sum,
-    const at::Tensor& other_lse,
-    const at::Tensor& kept,
-    const at::Tensor& inverse_norms,
-    const at::Tensor& weight_sum,
-    std::array<bool, 5> wanted) {
+BackwardTuple linear_margin_backward_autograd(TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS) {
   const LinearProblem problem = make_linear_problem("_linear_margin_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
   check_no_tangents(
       "_linear_margin_backward", input, weight, problem.bias, problem.sample_m2, problem.sample_m3, grad_other_lse,

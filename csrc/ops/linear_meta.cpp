@@ -26,16 +26,7 @@ ForwardTuple linear_margin_forward_meta(
       vector(with_logit_sum ? input.sym_size(1) : c10::SymInt(0), input.options().dtype(at::kDouble))});
 }
 
-BackwardTuple linear_margin_backward_meta(
-    TORCHMARGIN_LINEAR_PARAMETERS,
-    const std::optional<at::Tensor>& /*grad_other_lse*/,
-    const std::optional<at::Tensor>& /*grad_target_logit*/,
-    const std::optional<at::Tensor>& /*grad_logit_sum*/,
-    const at::Tensor& /*other_lse*/,
-    const at::Tensor& /*kept*/,
-    const at::Tensor& /*inverse_norms*/,
-    const at::Tensor& /*weight_sum*/,
-    std::array<bool, 5> wanted) {
+BackwardTuple linear_margin_backward_meta(TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS) {
   const LinearProblem problem = make_linear_problem("_linear_margin_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
   const std::array<std::optional<at::Tensor>, 5> sources{
       problem.input, problem.weight, problem.bias, problem.sample_m2, problem.sample_m3};

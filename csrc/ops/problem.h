@@ -31,6 +31,14 @@
   input, weight, target, bias, scale, m1, m2, m3, sample_m2, sample_m3, sample_margin_weight, extension, \
       margin_weight, margin_gradient, normalize_input, normalize_weight, compute_dtype
 
+// What the private backward op takes beyond them.
+#define TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS                                                                       \
+  TORCHMARGIN_LINEAR_PARAMETERS, [[maybe_unused]] const std::optional<at::Tensor>&grad_other_lse,                    \
+      [[maybe_unused]] const std::optional<at::Tensor>&grad_target_logit,                                            \
+      [[maybe_unused]] const std::optional<at::Tensor>&grad_logit_sum, [[maybe_unused]] const at::Tensor &other_lse, \
+      [[maybe_unused]] const at::Tensor &kept, [[maybe_unused]] const at::Tensor &inverse_norms,                     \
+      [[maybe_unused]] const at::Tensor &weight_sum, std::array<bool, 5> wanted
+
 namespace torchmargin {
 
 struct LinearProblem {

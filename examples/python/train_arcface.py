@@ -10,7 +10,7 @@ images, labels = images.float() / 16, labels.long()
 network = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.PReLU(), torch.nn.Linear(128, 32))
 loss = torchmargin.ArcFaceLoss(32, 10, scale=16.0, margin=0.3)  # the class weights are inside
 optimiser = torch.optim.Adam([*network.parameters(), *loss.parameters()], lr=1e-3)
-for epoch in range(20):
+for _ in range(20):
     for batch in torch.randperm(len(labels)).split(64):
         value = loss(network(images[batch]), labels[batch])
         optimiser.zero_grad()

@@ -33,7 +33,9 @@ def _check_torch(library: Path) -> None:
 def _load():
     library = Path(os.environ.get("TORCHMARGIN_LIBRARY") or _INSTALLED)
     if not library.exists():
-        raise ImportError(f"torchmargin: there is no library at {library}; install the package with pip, or build it with CMake.")
+        raise ImportError(
+            f"torchmargin: there is no library at {library}; install the package with pip, or build it with CMake."
+        )
     _check_torch(library)
     try:
         torch.ops.load_library(str(library))

@@ -127,7 +127,9 @@ def margin_logits(
     return logits, torch.where(present, theta, 0.0).detach()
 
 
-def linear_margin_lse(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, **margin) -> LinearMarginLse:
+def linear_margin_lse(
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, **margin
+) -> LinearMarginLse:
     """The core op. A target outside [0, C) is absent: target_logit and target_angle are 0."""
     logits, theta = margin_logits(input, weight, target, bias, **margin)
     classes = weight.shape[0]
@@ -135,9 +137,7 @@ def linear_margin_lse(input: Tensor, weight: Tensor, target: Tensor, bias: Tenso
     is_target = torch.arange(classes, device=target.device) == torch.where(present, target, -1).unsqueeze(1)
     others = logits.masked_fill(is_target, -math.inf)
     target_logit = torch.where(is_target, logits, 0.0).sum(1)
-    return LinearMarginLse(
-        torch.logsumexp(others, 1), target_logit, logits.sum(1), theta, others.amax(1).detach()
-    )
+    return LinearMarginLse(torch.logsumexp(others, 1), target_logit, logits.sum(1), theta, others.amax(1).detach())
 
 
 def linear_margin_cross_entropy(

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import problem
 
 import torchmargin.functional as F
+
+from conftest import problem
 
 
 @pytest.mark.parametrize("extension", ["none", "linear", "easy", "clip", "monotonic"])

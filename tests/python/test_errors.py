@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import problem
 
 import torchmargin
 import torchmargin.functional as F
+
+from conftest import problem
 
 X, W = torch.randn(4, 6), torch.randn(9, 6)
 Y = torch.zeros(4, dtype=torch.long)
@@ -28,12 +29,18 @@ BAD = {
     "no features": ({"input": X[:, :0], "weight": W[:, :0]}, r"expected at least one feature, but got input of shape"),
     "weight device": ({"weight": W.to("meta")}, r"expected weight on the device of input, cpu, but got meta"),
     "sparse weight": ({"weight": W.to_sparse()}, r"expected weight to be a dense tensor, but got layout Sparse"),
-    "target int32": ({"target": Y.int()}, r"expected target to be int64, but got int32; convert it with target.long\(\)"),
+    "target int32": (
+        {"target": Y.int()},
+        r"expected target to be int64, but got int32; convert it with target.long\(\)",
+    ),
     "target dtype": ({"target": X[:, 0]}, r"expected target to be class indices of dtype int64, but got Float"),
     "target length": ({"target": Y[:3]}, r"expected target to have shape \[4\], but got \[3\]"),
     "target rank": ({"target": Y[:, None]}, r"expected target to have shape \[4\], but got \[4, 1\]"),
     "bias shape": ({"bias": torch.zeros(8)}, r"expected bias to have shape \[9\], but got \[8\]"),
-    "bias dtype": ({"bias": torch.zeros(9).double()}, r"expected bias to have the dtype of input, Float, but got Double"),
+    "bias dtype": (
+        {"bias": torch.zeros(9).double()},
+        r"expected bias to have the dtype of input, Float, but got Double",
+    ),
     "sample_m2 shape": ({"sample_m2": torch.zeros(3)}, r"expected sample_m2 to have shape \[4\], but got \[3\]"),
     "sample_m2 scalar": ({"sample_m2": torch.tensor(0.0)}, r"expected sample_m2 to have shape \[4\], but got \[\]"),
     "sample_m3 dtype": ({"sample_m3": torch.zeros(4).half()}, r"expected sample_m3 to be Float, but got Half"),
@@ -142,7 +149,10 @@ def test_target_out_of_range(value):
 
 def test_a_limit_too_small_for_one_tile():
     x, w, y, _ = problem(features=512, dtype=torch.float32)
-    with torchmargin.workspace_limit(4096), pytest.raises(RuntimeError, match=r"workspace limit of 4096 bytes is too small"):
+    with (
+        torchmargin.workspace_limit(4096),
+        pytest.raises(RuntimeError, match=r"workspace limit of 4096 bytes is too small"),
+    ):
         F.linear_margin_cross_entropy(x, w, y)
 
 

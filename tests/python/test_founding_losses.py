@@ -2,12 +2,13 @@
 
 import math
 
-import oracle
 import pytest
 import torch
-from conftest import gradients, problem
 
 import torchmargin.functional as F
+
+import oracle
+from conftest import gradients, problem
 
 LOSSES = oracle.founding_losses()
 
@@ -22,7 +23,9 @@ def test_float64_matches_the_paper(name, workspace):
     assert ((loss - expected).abs() <= 1e-10 * expected.abs().clamp(min=1)).all()
 
     upstream = torch.randn(workspace.rows, dtype=torch.float64)
-    for ours, theirs in zip(gradients(loss, x, w, b, upstream=upstream), gradients(expected, x, w, b, upstream=upstream)):
+    for ours, theirs in zip(
+        gradients(loss, x, w, b, upstream=upstream), gradients(expected, x, w, b, upstream=upstream)
+    ):
         assert (ours - theirs).norm() <= 1e-10 * max(1.0, theirs.norm())
 
 

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import WORKSPACES, gradients, problem
 
 import torchmargin
 import torchmargin.functional as F
 from torchmargin import reference
+
+from conftest import WORKSPACES, gradients, problem
 
 ARCFACE = {"scale": 64.0, "m2": 0.5, "extension": "linear"}
 

@@ -5,12 +5,13 @@ import io
 import math
 import pickle
 
-import oracle
 import pytest
 import torch
 from pytorch_metric_learning import losses as pml
 
 import torchmargin
+
+import oracle
 
 
 def _embeddings(dtype=torch.float64):

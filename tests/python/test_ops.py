@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
-from conftest import gradients, problem
 
+import torchmargin
 import torchmargin.functional as F
 from torchmargin import reference
+
+from conftest import gradients, problem
 
 EXTENSIONS = ["none", "linear", "easy", "clip", "monotonic"]
 
@@ -26,7 +28,9 @@ def _parameters(extension, margin_gradient, normalize_input, normalize_weight):
     }
 
 
-SWITCHES = list(itertools.product(EXTENSIONS, ["exact", "straight_through"], [True, False], [True, False], [True, False]))
+SWITCHES = list(
+    itertools.product(EXTENSIONS, ["exact", "straight_through"], [True, False], [True, False], [True, False])
+)
 
 
 @pytest.mark.parametrize(("extension", "margin_gradient", "normalize_input", "normalize_weight", "with_bias"), SWITCHES)
@@ -173,3 +177,30 @@ def test_100000_rows():
     assert abs(loss.item() - expected.item()) <= 2e-5 * expected.item()
     for got, true in zip(gradients(loss, x, w), gradients(expected, *wide)):
         assert (got - true).norm() <= 1e-4 * true.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [64 << 10, 1 << 20, 256 << 20])
+def test_lanes(dtype, limit):
+    """Chunks dealt to two threads, several row tiles, some products kept: the same results."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x, w, y, b = problem(rows=300, features=5, classes=2500, dtype=dtype, bias=True)
+        y[7], y[8] = -1, y[9]
+        parameters = dict(scale=6.0, m2=0.3, label_smoothing=0.2, ignore_index=-1)
+        wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+        expected = reference.linear_margin_cross_entropy(wide[0], wide[1], y, wide[2], **parameters)
+        with torchmargin.workspace_limit(limit):
+            assert dtype != torch.float32 or torchmargin.plan(300, 5, 2500).lanes == (1 if limit == 64 << 10 else 2)
+            loss = F.linear_margin_cross_entropy(x, w, y, b, **parameters)
+            grads = gradients(loss, x, w, b)
+            with torch.inference_mode():
+                assert torch.equal(F.linear_margin_cross_entropy(x, w, y, b, **parameters), loss)
+    finally:
+        torch.set_num_threads(threads)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtype]
+    assert abs(loss.item() - expected.item()) <= tolerance * expected.item()
+    rounding = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0
+    for got, true in zip(grads, gradients(expected, *wide)):
+        assert (got.double() - true).norm() <= (tolerance + rounding) * true.norm()

@@ -67,7 +67,9 @@ def draw(digits: Digits, epochs: int, seed: int, path: Path) -> None:
     for name in LOSSES:
         network, loss, _ = _train_one(name, start, 2, training, epochs, seed)
         points = embed(network, held_out.images)
-        title = f"{name} ({loss.extra_repr().split(', ', 2)[2]})\naccuracy {accuracy(loss, points, held_out.labels):.3f}"
+        title = (
+            f"{name} ({loss.extra_repr().split(', ', 2)[2]})\naccuracy {accuracy(loss, points, held_out.labels):.3f}"
+        )
         planes.append((title, points, held_out.labels, loss.weight.detach()))
     draw_planes(planes, path)
 

@@ -119,7 +119,11 @@ class MarginLoss(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}, num_classes={self.num_classes}, scale={self.scale:g}"]
-        parts += [f"{name}={getattr(self, name):g}" for name, plain in (("m1", 1), ("m2", 0), ("m3", 0)) if getattr(self, name) != plain]
+        parts += [
+            f"{name}={getattr(self, name):g}"
+            for name, plain in (("m1", 1), ("m2", 0), ("m3", 0))
+            if getattr(self, name) != plain
+        ]
         parts += [f"extension={self.extension!r}"] if self.extension != "none" else []
         parts += [f"margin_gradient={self.margin_gradient!r}"] if self.margin_gradient != "exact" else []
         parts += [f"label_smoothing={self.label_smoothing:g}"] if self.label_smoothing else []
