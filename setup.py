@@ -26,13 +26,14 @@ def version() -> str:
     return re.search(r'TORCHMARGIN_VERSION "([^"]+)"', header).group(1)
 
 
-def torch_requirement() -> list[str]:
-    """The torch minor that the binaries are for: no other one can load them."""
+def requirements() -> list[str]:
+    """With the torch minor that the binaries are for: no other one can load them."""
     version_file = TORCH / "version.py"
-    if not version_file.exists():  # an sdist can be made without torch
-        return ["torch"]
-    major, minor = re.search(r"__version__ = '(\d+)\.(\d+)", version_file.read_text()).groups()
-    return [f"torch=={major}.{minor}.*"]
+    torch = "torch"  # an sdist can be made without it
+    if version_file.exists():
+        major, minor = re.search(r"__version__ = '(\d+)\.(\d+)", version_file.read_text()).groups()
+        torch = f"torch=={major}.{minor}.*"
+    return [torch, "typing_extensions>=4.10"]
 
 
 class CMakeBuild(build_ext):
@@ -74,7 +75,7 @@ class CMakeBuild(build_ext):
 
 setup(
     version=version(),
-    install_requires=torch_requirement(),
+    install_requires=requirements(),
     ext_modules=[Extension("torchmargin._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

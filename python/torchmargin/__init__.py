@@ -4,18 +4,43 @@ The ops are ``torch.ops.torchmargin.*``, as functions in :mod:`torchmargin.funct
 modules here; :mod:`torchmargin.reference` is their readable specification.
 """
 
-from torchmargin import config, functional, losses, reference
+from torchmargin import compat, config, functional, losses, reference
 from torchmargin._extension import _C
 from torchmargin.config import get_workspace_limit, plan, set_workspace_limit, workspace_limit
-from torchmargin.losses import ArcFaceLoss, MarginLoss, NormalizedSoftmaxLoss
+from torchmargin.losses import (
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CombinedMarginLoss,
+    CosFaceLoss,
+    ElasticFaceLoss,
+    LargeMarginSoftmaxLoss,
+    MagFaceLoss,
+    MarginLoss,
+    MarginStatistics,
+    ModifiedSoftmaxLoss,
+    NormalizedSoftmaxLoss,
+    SoftmaxLoss,
+    SphereFaceLoss,
+)
 
 __version__: str = _C.version()
 
 __all__ = [
+    "AdaFaceLoss",
     "ArcFaceLoss",
+    "CombinedMarginLoss",
+    "CosFaceLoss",
+    "ElasticFaceLoss",
+    "LargeMarginSoftmaxLoss",
+    "MagFaceLoss",
     "MarginLoss",
+    "MarginStatistics",
+    "ModifiedSoftmaxLoss",
     "NormalizedSoftmaxLoss",
+    "SoftmaxLoss",
+    "SphereFaceLoss",
     "__version__",
+    "compat",
     "config",
     "functional",
     "get_workspace_limit",

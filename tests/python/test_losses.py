@@ -1,4 +1,4 @@
-"""The modules: the same numbers as the published heads, and good nn.Modules."""
+"""The modules: the numbers of their papers, and good nn.Modules."""
 
 import copy
 import io
@@ -7,75 +7,213 @@ import pickle
 
 import pytest
 import torch
-from pytorch_metric_learning import losses as pml
 
 import torchmargin
+from torchmargin.losses import LargeMarginSoftmaxLoss
 
 import oracle
+
+# Every module, with the same loss from its paper (weights and bias are the module's).
+LOSSES = {
+    "softmax": (
+        lambda **k: torchmargin.SoftmaxLoss(8, 17, **k),
+        lambda loss, x, y: oracle.softmax(x, loss.weight, y, loss.bias),
+    ),
+    "softmax without bias": (
+        lambda **k: torchmargin.SoftmaxLoss(8, 17, bias=False, **k),
+        lambda loss, x, y: oracle.softmax(x, loss.weight, y, 0.0),
+    ),
+    "modified softmax": (
+        lambda **k: torchmargin.ModifiedSoftmaxLoss(8, 17, **k),
+        lambda loss, x, y: oracle.modified_softmax(x, loss.weight, y),
+    ),
+    "normalised softmax": (
+        lambda **k: torchmargin.NormalizedSoftmaxLoss(8, 17, **k),
+        lambda loss, x, y: oracle.normalized_softmax(x, loss.weight, y, 64.0),
+    ),
+    "L-Softmax": (
+        lambda **k: LargeMarginSoftmaxLoss(8, 17, **k),
+        lambda loss, x, y: oracle.l_softmax(x, loss.weight, y, 4),
+    ),
+    "SphereFace": (
+        lambda **k: torchmargin.SphereFaceLoss(8, 17, lambda_base=0.0, lambda_min=0.0, **k),
+        lambda loss, x, y: oracle.a_softmax(x, loss.weight, y, 4),
+    ),
+    "SphereFace m=2": (
+        lambda **k: torchmargin.SphereFaceLoss(8, 17, margin=2.0, lambda_base=0.0, lambda_min=0.0, **k),
+        lambda loss, x, y: oracle.a_softmax(x, loss.weight, y, 2),
+    ),
+    "CosFace": (
+        lambda **k: torchmargin.CosFaceLoss(8, 17, **k),
+        lambda loss, x, y: oracle.cosface(x, loss.weight, y, 64.0, 0.35),
+    ),
+    "ArcFace": (
+        lambda **k: torchmargin.ArcFaceLoss(8, 17, **k),
+        lambda loss, x, y: oracle.arcface(x, loss.weight, y, 64.0, 0.5),
+    ),
+    "combined": (
+        lambda **k: torchmargin.CombinedMarginLoss(8, 17, **k),
+        lambda loss, x, y: oracle.combined(x, loss.weight, y, 64.0, 1.0, 0.3, 0.2),
+    ),
+}
+
+
+@pytest.fixture(params=LOSSES)
+def make_and_oracle(request):
+    return LOSSES[request.param]
+
+
+@pytest.fixture
+def make(make_and_oracle):
+    return make_and_oracle[0]
 
 
 def _embeddings(dtype=torch.float64):
     return torch.randn(12, 8, dtype=dtype, requires_grad=True), torch.randint(0, 17, (12,))
 
 
-def test_normalized_softmax_matches_its_paper():
-    loss = torchmargin.NormalizedSoftmaxLoss(8, 17, scale=20.0, dtype=torch.float64)
+def test_matches_its_paper(make_and_oracle):
+    """With the defaults, values and gradients to embeddings, weights and bias."""
+    make, expect = make_and_oracle
+    loss = make(dtype=torch.float64)
+    if loss.bias is not None:
+        torch.nn.init.normal_(loss.bias)
     x, y = _embeddings()
-    expected = oracle.normalized_softmax(x, loss.weight, y, 20.0).mean()
-    torch.testing.assert_close(loss(x, y), expected, rtol=1e-12, atol=1e-12)
+    leaves = [x, *loss.parameters()]
+    value, expected = loss(x, y), expect(loss, x, y).mean()
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+    for got, true in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (
-            torchmargin.ArcFaceLoss(8, 17, scale=64.0, margin=math.radians(28.6), dtype=torch.float64),
-            pml.ArcFaceLoss(17, 8, margin=28.6, scale=64),
-        ),
-        (
-            torchmargin.NormalizedSoftmaxLoss(8, 17, scale=20.0, dtype=torch.float64),
-            pml.NormalizedSoftmaxLoss(17, 8, temperature=0.05),
-        ),
-    ],
-)
-def test_agrees_with_pytorch_metric_learning(ours, theirs):
-    """Their weights are [D, C]. They clamp the cosine a little within 1, hence not to the last digit."""
-    theirs = theirs.double()
-    with torch.no_grad():
-        theirs.W.copy_(ours.weight.T)
-    x, y = _embeddings()
-    loss, expected = ours(x, y), theirs(x, y)
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    got, true = torch.autograd.grad(loss, x)[0], torch.autograd.grad(expected, x)[0]
-    torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-5)
-
-
-LOSSES = [torchmargin.ArcFaceLoss, torchmargin.NormalizedSoftmaxLoss]
-
-
-@pytest.mark.parametrize("Loss", LOSSES)
-def test_is_a_good_module(Loss):
-    loss = Loss(8, 17, label_smoothing=0.1)
+def test_is_a_good_module(make):
+    loss = make(label_smoothing=0.1, ignore_index=3, reduction="sum")
     x, y = _embeddings(torch.float32)
+    loss.eval()
     expected = loss(x, y)
     buffer = io.BytesIO()
     torch.save(loss.state_dict(), buffer)
     buffer.seek(0)
-    loaded = Loss(8, 17, label_smoothing=0.1)
+    loaded = make(label_smoothing=0.1, ignore_index=3, reduction="sum")
     loaded.load_state_dict(torch.load(buffer))
-    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loaded):
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loaded.eval()):
         assert torch.equal(other(x, y), expected)
     assert loss.double()(x.double(), y).dtype == torch.float64
-    assert "in_features=8, num_classes=17, scale=64" in repr(loss)
-    assert set(loss.state_dict()) == {"weight"}
+    assert loss.to("meta").weight.device.type == "meta"
+    text = repr(loss)
+    for part in ("in_features=8, num_classes=17, scale=", "label_smoothing=0.1", "ignore_index=3", "reduction='sum'"):
+        assert part in text
+    assert set(loss.state_dict()) - {"bias", "step"} == {"weight"}
 
 
-@pytest.mark.parametrize("Loss", LOSSES)
-def test_logits_are_those_of_the_loss_without_a_margin(Loss):
-    loss = Loss(8, 17, dtype=torch.float64)
+def test_device_and_dtype_are_those_asked_for(make):
+    loss = make(device="meta", dtype=torch.bfloat16)
+    assert {(t.device.type, t.dtype) for t in loss.parameters()} == {("meta", torch.bfloat16)}
+    assert all(buffer.device.type == "meta" for buffer in loss.buffers())
+
+
+def test_resets_its_parameters(make):
+    loss = make()
+    before = loss.weight.detach().clone()
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter.fill_(7.0)
+    loss.reset_parameters()
+    assert not (loss.weight == 7.0).any() and loss.weight.std().item() == pytest.approx(before.std().item(), rel=0.5)
+    assert loss.bias is None or not loss.bias.any()
+
+
+def test_logits_are_those_of_the_loss_without_a_margin(make):
+    loss = make(dtype=torch.float64)
     x, y = _embeddings()
-    lse = torchmargin.functional.linear_margin_lse(x, loss.weight, torch.full_like(y, -1), scale=64.0).other_lse
+    lse = torchmargin.functional.linear_margin_lse(
+        x, loss.weight, torch.full_like(y, -1), loss.bias, scale=loss.scale,
+        normalize_input=loss.normalize_input, normalize_weight=loss.normalize_weight,
+    ).other_lse  # fmt: skip
     torch.testing.assert_close(loss.logits(x).logsumexp(1), lse)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_statistics(make, reduction):
+    """Against the logits of all classes; ignored rows, one of them NaN, are left out."""
+    loss = make(dtype=torch.float64, reduction=reduction, ignore_index=-1).eval()
+    if loss.bias is not None:
+        torch.nn.init.normal_(loss.bias)
+    x, y = _embeddings()
+    with torch.no_grad():
+        x[4:] += 3 * loss.weight[y[4:]]  # some rows right, some wrong
+        x[0] = math.nan
+    y[:2] = -1
+    value, statistics = loss(x, y, return_statistics=True)
+    assert torch.equal(value, loss(x, y))
+    assert value.requires_grad and not any(s.requires_grad for s in statistics)
+    assert all(s.shape == () for s in statistics)
+
+    rows, own = x.detach()[2:], y[2:]
+    logits = loss.logits(rows)
+    unit = torch.nn.functional.normalize
+    angles = (unit(rows) * unit(loss.weight[own])).sum(1).arccos()
+    others = logits.scatter(1, own[:, None], -math.inf).amax(1)
+    right = (logits.argmax(1) == own).double()
+    assert 0 < right.mean() < 1
+    torch.testing.assert_close(statistics.target_angle, angles.mean().detach())
+    torch.testing.assert_close(statistics.accuracy, right.mean())
+    torch.testing.assert_close(statistics.hardest_negative_logit, others.mean().detach())
+
+
+def test_annealing_follows_its_formula_and_resumes():
+    loss = torchmargin.SphereFaceLoss(8, 17, dtype=torch.float64)
+    x, y = _embeddings()
+    for step in (1, 2, 3):
+        value = loss(x, y)
+        lam = max(5.0, 1000.0 / (1 + 0.12 * step))
+        assert loss.step.item() == step and loss.annealing_lambda().item() == pytest.approx(lam)
+        length = x.norm(dim=1)
+        cosine = (x * torch.nn.functional.normalize(loss.weight)[y]).sum(1) / length
+        psi = (lam * cosine + oracle._large_margin_psi(cosine, 4)) / (1 + lam)
+        others = x @ torch.nn.functional.normalize(loss.weight).T
+        torch.testing.assert_close(value, oracle.loss_of(others, y, length * psi).mean())
+    loss.eval()
+    assert torch.equal(loss(x, y), value) and loss.step.item() == 3
+    resumed = torchmargin.SphereFaceLoss(8, 17, dtype=torch.float64)
+    resumed.load_state_dict(loss.state_dict())
+    assert torch.equal(resumed.eval()(x, y), value)
+    with torch.no_grad():
+        loss.step.fill_(10**6)
+    assert loss.annealing_lambda().item() == 5.0
+
+
+def test_annealing_does_not_recompile():
+    loss = torchmargin.SphereFaceLoss(8, 17)
+    plain = copy.deepcopy(loss)
+    x, y = _embeddings(torch.float32)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    compiled(x, y)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(4):
+            value = compiled(x, y)
+    for _ in range(5):
+        expected = plain(x, y)
+    torch.testing.assert_close(value, expected)
+    assert loss.step.item() == 5
+
+
+def test_sphereface_r():
+    """OpenSphere: psi is a constant added to the cosine, both vectors of unit length, scale 30."""
+    loss = torchmargin.SphereFaceLoss.normalized(8, 17, dtype=torch.float64)
+    assert loss.scale == 30.0 and loss.m1 == 1.5
+    x, y = _embeddings()
+    cosine = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(loss.weight).T
+    with torch.no_grad():
+        theta = 1.5 * cosine[torch.arange(12), y].arccos()
+        k = (theta / math.pi).floor()
+        added = torch.zeros_like(cosine)
+        added[torch.arange(12), y] = (1 - 2 * torch.remainder(k, 2)) * theta.cos() - 2 * k - cosine[torch.arange(12), y]
+    expected = torch.nn.functional.cross_entropy(30 * (cosine + added), y)
+    value = loss(x, y)
+    torch.testing.assert_close(value, expected)
+    for got, true in zip(torch.autograd.grad(value, (x, loss.weight)), torch.autograd.grad(expected, (x, loss.weight))):
+        torch.testing.assert_close(got, true)
 
 
 def test_trains():
@@ -95,8 +233,42 @@ def test_trains():
     assert (loss.logits(x).argmax(1) == y).float().mean() > 0.95
 
 
-def test_refuses_degrees_and_bad_sizes():
-    with pytest.raises(ValueError, match="radians, not degrees: at most pi in size, but got 28.6"):
-        torchmargin.ArcFaceLoss(8, 17, margin=28.6)
-    with pytest.raises(ValueError, match="expected in_features and num_classes to be positive, but got 8 and 0"):
-        torchmargin.ArcFaceLoss(8, 0)
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (
+            lambda: torchmargin.ArcFaceLoss(8, 17, margin=28.6),
+            ValueError,
+            "expected margin in radians, not degrees: at most pi in size, but got 28.6",
+        ),
+        (lambda: torchmargin.CombinedMarginLoss(8, 17, m2=-30.0), ValueError, "expected m2 in radians, not degrees"),
+        (lambda: torchmargin.CosFaceLoss(8, 17, margin=20.0), ValueError, "radians, not degrees.*but got 20.0"),
+        (
+            lambda: torchmargin.ArcFaceLoss(8, 0),
+            ValueError,
+            "expected in_features and num_classes to be positive, but got 8 and 0",
+        ),
+        (
+            lambda: torchmargin.SphereFaceLoss(8, 17, lambda_min=-1.0),
+            ValueError,
+            "expected lambda_min to be finite and not negative, but got -1.0",
+        ),
+        (lambda: torchmargin.SphereFaceLoss(8, 17, margin=0.0), RuntimeError, "expected m1 > 0, but got 0"),
+        (lambda: torchmargin.ArcFaceLoss(8, 17, scale=-1.0), RuntimeError, "expected scale > 0, but got -1"),
+        (lambda: torchmargin.ArcFaceLoss(8, 17, extension="soft"), RuntimeError, "but got 'soft'"),
+        (lambda: torchmargin.SoftmaxLoss(8, 17, reduction="max"), RuntimeError, "but got 'max'"),
+        (
+            lambda: torchmargin.SoftmaxLoss(8, 17, label_smoothing=2.0),
+            RuntimeError,
+            r"expected label_smoothing in \[0, 1\], but got 2",
+        ),
+        (
+            lambda: torchmargin.ArcFaceLoss(8, 17, margins=0.5),
+            TypeError,
+            "ArcFaceLoss: unexpected keyword argument 'margins'",
+        ),
+    ],
+)
+def test_bad_parameters_raise_when_the_module_is_made(make, error, text):
+    with pytest.raises(error, match=text):
+        make()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+from typing_extensions import Unpack
 
-from torchmargin.losses.base import MarginLoss
+from torchmargin.losses.base import CommonOptions, MarginLoss, check_radians
 
 __all__ = ["ArcFaceLoss"]
 
@@ -27,22 +27,14 @@ class ArcFaceLoss(MarginLoss):
         margin: float = 0.5,
         extension: str = "linear",
         margin_gradient: str = "exact",
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **common: Unpack[CommonOptions],
     ) -> None:
         super().__init__(
             in_features,
             num_classes,
             scale=scale,
-            m2=margin,
+            m2=check_radians("margin", margin),
             extension=extension,
             margin_gradient=margin_gradient,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            device=device,
-            dtype=dtype,
+            **common,
         )

@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
-import torch
+from typing_extensions import Unpack
 
-from torchmargin.losses.base import MarginLoss
+from torchmargin.losses.base import CommonOptions, MarginLoss
 
-__all__ = ["NormalizedSoftmaxLoss"]
+__all__ = ["ModifiedSoftmaxLoss", "NormalizedSoftmaxLoss", "SoftmaxLoss"]
+
+
+class SoftmaxLoss(MarginLoss):
+    """Softmax cross-entropy of a linear layer: logits = scale x.w_j + b_j, nothing normalised.
+
+    The same loss as ``cross_entropy(linear(x, weight, bias), labels)``, without the [B, C] logits.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        scale: float = 1.0,
+        bias: bool = True,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        super().__init__(
+            in_features, num_classes, scale=scale, bias=bias, normalize_input=False, normalize_weight=False, **common
+        )
+
+
+class ModifiedSoftmaxLoss(MarginLoss):
+    """SphereFace's modified softmax: Liu et al., CVPR 2017 (arXiv:1704.08063), eq. 4.
+
+    logits = scale |x| cos(theta_j): the weights are of unit length and there is no bias.
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, scale: float = 1.0, **common: Unpack[CommonOptions]
+    ) -> None:
+        super().__init__(in_features, num_classes, scale=scale, normalize_input=False, **common)
 
 
 class NormalizedSoftmaxLoss(MarginLoss):
@@ -16,24 +48,6 @@ class NormalizedSoftmaxLoss(MarginLoss):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        scale: float = 64.0,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, in_features: int, num_classes: int, *, scale: float = 64.0, **common: Unpack[CommonOptions]
     ) -> None:
-        super().__init__(
-            in_features,
-            num_classes,
-            scale=scale,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(in_features, num_classes, scale=scale, **common)
