@@ -1,0 +1,26 @@
+"""How good are embeddings? Verification (are two images of one class?) and identification (of which class?).
+
+Everything here takes embeddings [N, D] (any length, compared by their cosine) on the CPU or a GPU
+and returns plain numbers. docs/evaluation.md shows the use with LFW's pair lists and with folders.
+"""
+
+from torchmargin.evaluation.identification import Identification, identify, top_k
+from torchmargin.evaluation.pairs import Pair, all_pairs, pair_scores, read_lfw_pairs, read_pairs
+from torchmargin.evaluation.verification import KFoldAccuracy, Roc, Verification, kfold_accuracy, roc, verify
+
+__all__ = [
+    "Identification",
+    "KFoldAccuracy",
+    "Pair",
+    "Roc",
+    "Verification",
+    "all_pairs",
+    "identify",
+    "kfold_accuracy",
+    "pair_scores",
+    "read_lfw_pairs",
+    "read_pairs",
+    "roc",
+    "top_k",
+    "verify",
+]
