@@ -50,7 +50,7 @@ at::Tensor linear_margin_cross_entropy(
     const LinearMarginCrossEntropyFuncOptions& options) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torchmargin::linear_margin_cross_entropy", "")
-                             .typed<at::Tensor(TORCHMARGIN_LINEAR_PARAMETERS, double, int64_t, std::string_view)>();
+                             .typed<at::Tensor(TORCHMARGIN_LOSS_PARAMETERS)>();
   return call(
       op, input, weight, target, options.linear(), options.label_smoothing(), options.ignore_index(),
       std::string_view(options.reduction()));

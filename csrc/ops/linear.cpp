@@ -9,6 +9,7 @@
 
 #include <cmath>
 
+#include "ops/cross_entropy.h"
 #include "ops/problem.h"
 #include "sweep/chunk_plan.h"
 #include "sweep/class_sweep.h"
@@ -43,63 +44,63 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_ma
   return {result.other_lse, result.target_logit, result.logit_sum, result.target_angle, result.max_other_logit};
 }
 
-enum class Reduction { none, mean, sum };
+struct Loss {
+  LinearProblem problem;
+  ForwardResult result;
+  CrossEntropy entropy;
+};
 
-Reduction parse_reduction(std::string_view op, std::string_view text) {
-  if (text == "none") {
-    return Reduction::none;
-  }
-  if (text == "mean") {
-    return Reduction::mean;
-  }
-  TORCH_CHECK(text == "sum", op, ": expected reduction to be one of 'none', 'mean', 'sum', but got '", text, "'");
-  return Reduction::sum;
-}
-
-at::Tensor linear_margin_cross_entropy(
-    TORCHMARGIN_LINEAR_PARAMETERS,
-    double label_smoothing,
-    int64_t ignore_index,
-    std::string_view reduction_name) {
+Loss linear_loss(TORCHMARGIN_LOSS_PARAMETERS) {
   constexpr std::string_view op = "linear_margin_cross_entropy";
   const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_LINEAR_ARGUMENTS);
-  const Reduction reduction = parse_reduction(op, reduction_name);
-  TORCH_CHECK(
-      label_smoothing >= 0 && label_smoothing <= 1, op, ": expected label_smoothing in [0, 1], but got ",
-      label_smoothing);
-
-  const bool smooth = label_smoothing > 0;
+  const CrossEntropyOptions options = make_cross_entropy_options(op, label_smoothing, ignore_index, reduction);
   const ForwardResult result = call_linear_forward(
-      problem, {.ignore_index = ignore_index, .with_logit_sum = smooth, .kept_classes = choose_kept_classes(problem)});
+      problem,
+      {.ignore_index = ignore_index,
+       .with_logit_sum = label_smoothing > 0,
+       .kept_classes = choose_kept_classes(problem)});
+  return {
+      problem, result,
+      cross_entropy(result.other_lse, result.target_logit, result.logit_sum, target, weight.sym_size(0), options)};
+}
 
-  // NB: ignored rows are replaced before and after the arithmetic. Once would let
-  // 0 * NaN through to the gradients of an ignored row that holds NaN.
-  const at::Tensor valid = target.ne(ignore_index);
-  const at::Tensor zero = at::zeros({}, result.other_lse.options());
-  const at::Tensor target_logit = at::where(valid, result.target_logit, zero);
-  const at::Tensor gap = at::where(valid, result.other_lse, zero) - target_logit;
-  // NB: softplus(o - t) by logaddexp: F.softplus becomes the identity above 20, and
-  // lse - t has no digit left where the loss is small.
-  at::Tensor loss = at::logaddexp(zero, gap);
-  if (smooth) {
-    const at::Tensor mean_logit = at::where(valid, result.logit_sum, zero).div(at::Scalar(weight.sym_size(0)));
-    loss = loss + label_smoothing * (target_logit - mean_logit);
+at::Tensor linear_margin_cross_entropy(TORCHMARGIN_LOSS_PARAMETERS) {
+  return linear_loss(TORCHMARGIN_LOSS_ARGUMENTS).entropy.loss;
+}
+
+// Each row's logit of its own class without the margin, [B] acc; any number for an ignored row.
+at::Tensor plain_target_logit(const Loss& loss) {
+  const LinearProblem& problem = loss.problem;
+  const auto norms = [&](const at::Tensor& rows) {
+    return at::linalg_vector_norm(rows, 2, /*dim=*/at::IntArrayRef{1}, /*keepdim=*/false, problem.acc());
+  };
+  at::Tensor logit = problem.margin.scale * loss.result.target_angle.cos();
+  const at::Tensor target = at::where(loss.entropy.valid, problem.target, at::zeros({}, problem.target.options()));
+  if (!problem.normalize_input) {
+    logit = logit * norms(problem.input);
   }
-  loss = at::where(valid, loss, zero);
-  switch (reduction) {
-    case Reduction::none:
-      return loss;
-    case Reduction::sum:
-      return loss.sum();
-    case Reduction::mean:
-      return loss.sum() / valid.sum();
+  if (!problem.normalize_weight) {
+    logit = logit * norms(problem.weight.index_select(0, target));
   }
-  TORCH_INTERNAL_ASSERT(false);
+  return problem.bias.has_value() ? logit + problem.bias->index_select(0, target) : logit;
+}
+
+// The loss and means over the rows that are not ignored: B x D work beside the same sweep.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_margin_cross_entropy_statistics(
+    TORCHMARGIN_LOSS_PARAMETERS) {
+  const Loss loss = linear_loss(TORCHMARGIN_LOSS_ARGUMENTS);
+  const at::NoGradGuard no_grad;
+  const at::Tensor count = loss.entropy.valid.sum();
+  const at::Tensor zero = at::zeros({}, loss.result.other_lse.options());
+  const auto mean = [&](const at::Tensor& rows) { return at::where(loss.entropy.valid, rows, zero).sum() / count; };
+  const at::Tensor right = plain_target_logit(loss).gt(loss.result.max_other_logit).to(zero.scalar_type());
+  return {loss.entropy.loss, mean(loss.result.target_angle), mean(right), mean(loss.result.max_other_logit)};
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, CompositeImplicitAutograd, library) {
   library.impl("linear_margin_lse", linear_margin_lse);
   library.impl("linear_margin_cross_entropy", linear_margin_cross_entropy);
+  library.impl("_linear_margin_cross_entropy_statistics", linear_margin_cross_entropy_statistics);
 }
 
 } // namespace

@@ -26,22 +26,40 @@ ForwardTuple linear_margin_forward_meta(
       vector(with_logit_sum ? input.sym_size(1) : c10::SymInt(0), input.options().dtype(at::kDouble))});
 }
 
-BackwardTuple linear_margin_backward_meta(TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS) {
-  const LinearProblem problem = make_linear_problem("_linear_margin_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
+BackwardTuple gradients_meta(const LinearProblem& problem, const std::array<bool, 5>& wanted) {
   const std::array<std::optional<at::Tensor>, 5> sources{
       problem.input, problem.weight, problem.bias, problem.sample_m2, problem.sample_m3};
   Gradients gradients;
   for (size_t i = 0; i < sources.size(); ++i) {
     gradients[i] = wanted[i] && sources[i].has_value()
         ? at::empty_symint(sources[i]->sym_sizes(), sources[i]->options())
-        : at::empty({0}, input.options());
+        : at::empty({0}, problem.input.options());
   }
   return to_tuple(gradients);
+}
+
+BackwardTuple linear_margin_backward_meta(TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS) {
+  return gradients_meta(make_linear_problem("_linear_margin_backward", TORCHMARGIN_LINEAR_ARGUMENTS), wanted);
+}
+
+std::tuple<at::Tensor, at::Tensor> margin_logits_forward_meta(TORCHMARGIN_LINEAR_PARAMETERS) {
+  const LinearProblem problem = make_linear_problem("_margin_logits_forward", TORCHMARGIN_LINEAR_ARGUMENTS);
+  const auto options = input.options().dtype(problem.acc());
+  const c10::SymInt classes = weight.sym_size(0);
+  return {
+      at::empty_symint({input.sym_size(0), classes}, options),
+      at::empty_symint({normalize_weight ? classes : c10::SymInt(0)}, options)};
+}
+
+BackwardTuple margin_logits_backward_meta(TORCHMARGIN_LOGITS_BACKWARD_PARAMETERS) {
+  return gradients_meta(make_linear_problem("_margin_logits_backward", TORCHMARGIN_LINEAR_ARGUMENTS), wanted);
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, Meta, library) {
   library.impl("_linear_margin_forward", linear_margin_forward_meta);
   library.impl("_linear_margin_backward", linear_margin_backward_meta);
+  library.impl("_margin_logits_forward", margin_logits_forward_meta);
+  library.impl("_margin_logits_backward", margin_logits_backward_meta);
 }
 
 } // namespace

@@ -11,25 +11,35 @@
 #include <string_view>
 #include <tuple>
 
+#include "ops/checks.h"
 #include "torchmargin/margin.h"
 
 // The arguments that all linear ops share, as the schema, as C++ parameters and as
 // a call's arguments. They are written down here and nowhere else.
-#define TORCHMARGIN_LINEAR_SCHEMA                                                              \
-  "Tensor input, Tensor weight, Tensor target, Tensor? bias=None, *, float scale=1.0, "        \
+#define TORCHMARGIN_LINEAR_OPTIONS_SCHEMA                                                      \
+  "Tensor? bias=None, *, float scale=1.0, "                                                    \
   "float m1=1.0, float m2=0.0, float m3=0.0, Tensor? sample_m2=None, Tensor? sample_m3=None, " \
   "Tensor? sample_margin_weight=None, str extension=\"none\", float margin_weight=1.0, "       \
   "str margin_gradient=\"exact\", bool normalize_input=True, bool normalize_weight=True, "     \
   "ScalarType? compute_dtype=None"
-#define TORCHMARGIN_LINEAR_PARAMETERS                                                                                \
-  const at::Tensor &input, const at::Tensor &weight, const at::Tensor &target, const std::optional<at::Tensor>&bias, \
-      double scale, double m1, double m2, double m3, const std::optional<at::Tensor>&sample_m2,                      \
-      const std::optional<at::Tensor>&sample_m3, const std::optional<at::Tensor>&sample_margin_weight,               \
-      std::string_view extension, double margin_weight, std::string_view margin_gradient, bool normalize_input,      \
-      bool normalize_weight, std::optional<at::ScalarType> compute_dtype
+#define TORCHMARGIN_LINEAR_SCHEMA "Tensor input, Tensor weight, Tensor target, " TORCHMARGIN_LINEAR_OPTIONS_SCHEMA
+#define TORCHMARGIN_LINEAR_OPTION_PARAMETERS                                                                  \
+  const std::optional<at::Tensor>&bias, double scale, double m1, double m2, double m3,                        \
+      const std::optional<at::Tensor>&sample_m2, const std::optional<at::Tensor>&sample_m3,                   \
+      const std::optional<at::Tensor>&sample_margin_weight, std::string_view extension, double margin_weight, \
+      std::string_view margin_gradient, bool normalize_input, bool normalize_weight,                          \
+      std::optional<at::ScalarType> compute_dtype
+#define TORCHMARGIN_LINEAR_PARAMETERS \
+  const at::Tensor &input, const at::Tensor &weight, const at::Tensor &target, TORCHMARGIN_LINEAR_OPTION_PARAMETERS
 #define TORCHMARGIN_LINEAR_ARGUMENTS                                                                     \
   input, weight, target, bias, scale, m1, m2, m3, sample_m2, sample_m3, sample_margin_weight, extension, \
       margin_weight, margin_gradient, normalize_input, normalize_weight, compute_dtype
+
+// What the losses take beyond them.
+#define TORCHMARGIN_LOSS_SCHEMA ", float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\""
+#define TORCHMARGIN_LOSS_PARAMETERS \
+  TORCHMARGIN_LINEAR_PARAMETERS, double label_smoothing, int64_t ignore_index, std::string_view reduction
+#define TORCHMARGIN_LOSS_ARGUMENTS TORCHMARGIN_LINEAR_ARGUMENTS, label_smoothing, ignore_index, reduction
 
 // What the private backward op takes beyond them.
 #define TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS                                                                       \
@@ -38,6 +48,9 @@
       [[maybe_unused]] const std::optional<at::Tensor>&grad_logit_sum, [[maybe_unused]] const at::Tensor &other_lse, \
       [[maybe_unused]] const at::Tensor &kept, [[maybe_unused]] const at::Tensor &inverse_norms,                     \
       [[maybe_unused]] const at::Tensor &weight_sum, std::array<bool, 5> wanted
+#define TORCHMARGIN_LOGITS_BACKWARD_PARAMETERS                                   \
+  TORCHMARGIN_LINEAR_PARAMETERS, [[maybe_unused]] const at::Tensor &grad_logits, \
+      [[maybe_unused]] const at::Tensor &inverse_norms, std::array<bool, 5> wanted
 
 namespace torchmargin {
 
@@ -57,13 +70,6 @@ struct LinearProblem {
   // The dtype of sums, logits and losses.
   at::ScalarType acc() const;
 };
-
-// float64 for float64, else float32.
-at::ScalarType acc_dtype(at::ScalarType dtype);
-
-// How the schema spells them.
-std::string_view extension_name(Extension extension);
-std::string_view margin_gradient_name(MarginGradient margin_gradient);
 
 // Checks every argument and packs them; errors name `op`.
 LinearProblem make_linear_problem(std::string_view op, TORCHMARGIN_LINEAR_PARAMETERS);
@@ -100,6 +106,18 @@ struct BackwardRequest {
 // Gradients in the order of BackwardRequest::wanted; what is not wanted is an empty [0] tensor.
 using Gradients = std::array<at::Tensor, 5>;
 
+// margin_logits' private ops.
+struct LogitsResult {
+  at::Tensor logits; // [B, C] acc
+  at::Tensor inverse_norms; // as ForwardResult has them
+};
+
+struct LogitsBackwardRequest {
+  at::Tensor grad_logits; // [B, C] acc
+  at::Tensor inverse_norms; // as the forward returned them
+  std::array<bool, 5> wanted{}; // as BackwardRequest::wanted
+};
+
 // What the operators return to the dispatcher.
 using ForwardTuple =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -110,5 +128,7 @@ BackwardTuple to_tuple(const Gradients& gradients);
 // The private ops, called through the dispatcher.
 ForwardResult call_linear_forward(const LinearProblem& problem, const ForwardRequest& request);
 Gradients call_linear_backward(const LinearProblem& problem, const BackwardRequest& request);
+LogitsResult call_logits_forward(const LinearProblem& problem);
+Gradients call_logits_backward(const LinearProblem& problem, const LogitsBackwardRequest& request);
 
 } // namespace torchmargin

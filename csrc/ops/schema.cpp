@@ -1,14 +1,21 @@
 // The schemas of all ops, public and private. Kernels are registered where they stand.
 #include <torch/library.h>
 
+#include "ops/cosine_problem.h"
 #include "ops/problem.h"
 
 TORCH_LIBRARY(torchmargin, library) {
   library.def(
       "linear_margin_lse(" TORCHMARGIN_LINEAR_SCHEMA
       ") -> (Tensor other_lse, Tensor target_logit, Tensor logit_sum, Tensor target_angle, Tensor max_other_logit)");
-  library.def("linear_margin_cross_entropy(" TORCHMARGIN_LINEAR_SCHEMA
-              ", float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\") -> Tensor");
+  library.def("linear_margin_cross_entropy(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_LOSS_SCHEMA ") -> Tensor");
+  library.def("margin_logits(Tensor input, Tensor weight, Tensor? target=None, " TORCHMARGIN_LINEAR_OPTIONS_SCHEMA
+              ") -> Tensor");
+  library.def("margin_cross_entropy(" TORCHMARGIN_COSINE_SCHEMA TORCHMARGIN_LOSS_SCHEMA ") -> Tensor");
+  library.def("margin_transform(Tensor cosine, *, " TORCHMARGIN_MARGIN_SCHEMA ") -> Tensor");
+  // Private: the loss with what the modules report of a batch, 0-dim each.
+  library.def("_linear_margin_cross_entropy_statistics(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_LOSS_SCHEMA
+              ") -> (Tensor loss, Tensor target_angle, Tensor accuracy, Tensor hardest_negative_logit)");
   // Private: the forward with what its backward needs, and that backward. See ops/problem.h.
   library.def("_linear_margin_forward(" TORCHMARGIN_LINEAR_SCHEMA
               ", int? ignore_index=None, bool with_logit_sum=True, int kept_classes=0) -> (Tensor other_lse, "
@@ -18,4 +25,16 @@ TORCH_LIBRARY(torchmargin, library) {
               ", Tensor? grad_other_lse, Tensor? grad_target_logit, Tensor? grad_logit_sum, Tensor other_lse, "
               "Tensor kept, Tensor inverse_norms, Tensor weight_sum, bool[5] wanted) -> (Tensor grad_input, "
               "Tensor grad_weight, Tensor grad_bias, Tensor grad_sample_m2, Tensor grad_sample_m3)");
+  library.def("_margin_logits_forward(" TORCHMARGIN_LINEAR_SCHEMA ") -> (Tensor logits, Tensor inverse_norms)");
+  library.def("_margin_logits_backward(" TORCHMARGIN_LINEAR_SCHEMA
+              ", Tensor grad_logits, Tensor inverse_norms, bool[5] wanted) -> (Tensor grad_input, Tensor grad_weight, "
+              "Tensor grad_bias, Tensor grad_sample_m2, Tensor grad_sample_m3)");
+  // The same for given cosines. See ops/cosine_problem.h.
+  library.def("_margin_cosine_forward(" TORCHMARGIN_COSINE_SCHEMA
+              ", int? ignore_index=None, bool with_logit_sum=True) -> (Tensor other_lse, Tensor target_logit, "
+              "Tensor logit_sum)");
+  library.def("_margin_cosine_backward(" TORCHMARGIN_COSINE_SCHEMA
+              ", Tensor? grad_other_lse, Tensor? grad_target_logit, Tensor? grad_logit_sum, Tensor other_lse, "
+              "bool[3] wanted) -> (Tensor grad_cosine, Tensor grad_sample_m2, Tensor grad_sample_m3)");
+  library.def("_margin_transform_backward(Tensor grad, Tensor cosine, *, " TORCHMARGIN_MARGIN_SCHEMA ") -> Tensor");
 }

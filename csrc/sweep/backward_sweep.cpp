@@ -59,6 +59,20 @@ UpstreamVectors widen_upstream(const ClassLoop& loop, const BackwardRequest& req
   return upstream;
 }
 
+// The upstream of margin_logits in the same form: a row's gradients of the other classes' logits take
+// the place of g_o Q, with g_o = 1; a row without any gradient has g_o = 0.
+UpstreamVectors logits_upstream(const ClassLoop& loop, const at::Tensor& grad_logits) {
+  const at::Tensor none = loop.double_zeros({});
+  const at::Tensor present = loop.target().ge(0).logical_and(loop.target().lt(loop.sizes().classes));
+  const at::Tensor place = at::where(present, loop.target(), at::zeros({}, loop.target().options())).unsqueeze(1);
+  UpstreamVectors upstream;
+  upstream.other_lse = grad_logits.ne(0).any(1).to(at::kDouble);
+  upstream.target_logit = at::where(present, grad_logits.gather(1, place).squeeze(1).to(at::kDouble), none);
+  upstream.logit_sum = loop.double_zeros({0});
+  upstream.operand_scale = loop.double_zeros({1}).fill_(1.0);
+  return upstream;
+}
+
 // One lane's workspace.
 struct Lane {
   at::Tensor scratch; // [row_tile * class_chunk] acc
@@ -80,6 +94,17 @@ class BackwardSweep {
         want_bias_(request.wanted[2] && problem.bias.has_value()),
         kept_classes_(request.kept.size(1)),
         upstream_(widen_upstream(loop_, request)) {}
+
+  // For margin_logits: `grad_logits` [B, C] instead of the upstream gradients of `request`.
+  BackwardSweep(
+      const LinearProblem& problem,
+      const BackwardRequest& request,
+      const at::Tensor& grad_logits,
+      const SweepKernels& kernels)
+      : BackwardSweep(problem, request, kernels) {
+    grad_logits_ = grad_logits;
+    upstream_ = logits_upstream(loop_, grad_logits);
+  }
 
   Gradients run() {
     if (want_input_ || want_weight_ || want_bias_) {
@@ -137,7 +162,7 @@ class BackwardSweep {
 
   // A for products that were not kept, and A times the upstream gradient.
   void load_operands() {
-    if (kept_classes_ < sizes_.classes) {
+    if (kept_classes_ < sizes_.classes && !grad_logits_.has_value()) {
       input_.emplace(loop_, /*factor=*/nullptr, /*operand_scale=*/nullptr);
     }
     if (want_weight_) {
@@ -156,7 +181,8 @@ class BackwardSweep {
       }
     }
     loop_.for_each_tile([&](Range rows) {
-      const at::Tensor softmax = softmax_tile(lane, rows, classes, weight);
+      const at::Tensor softmax =
+          grad_logits_.has_value() ? grad_logits_tile(lane, rows, classes) : softmax_tile(lane, rows, classes, weight);
       if (want_bias_) {
         multiply_bias(rows, classes, softmax);
       }
@@ -189,6 +215,18 @@ class BackwardSweep {
          rows_of(upstream_.other_lse, rows).data_ptr<double>(), times_inverse_norms, softmax.data_ptr()},
         loop_.acc());
     return softmax;
+  }
+
+  // The upstream gradients of a tile, 0 at the target, in the place of Q.
+  at::Tensor grad_logits_tile(const Lane& lane, Range rows, Range classes) const {
+    at::Tensor tile = matrix_in(lane.scratch, rows.count, classes.count);
+    tile.copy_(columns_of(rows_of(*grad_logits_, rows), classes));
+    const at::Tensor columns = at::arange(classes.begin, classes.begin + classes.count, loop_.target().options());
+    tile.masked_fill_(columns.unsqueeze(0).eq(rows_of(loop_.target(), rows).unsqueeze(1)), 0.0);
+    if (problem_.normalize_weight && !want_bias_) {
+      tile.mul_(rows_of(request_.inverse_norms, classes));
+    }
+    return tile;
   }
 
   void multiply_bias(Range rows, Range classes, const at::Tensor& softmax) {
@@ -242,7 +280,8 @@ class BackwardSweep {
   const SweepSizes& sizes_;
   const bool want_input_, want_weight_, want_bias_;
   const int64_t kept_classes_;
-  const UpstreamVectors upstream_;
+  UpstreamVectors upstream_;
+  std::optional<at::Tensor> grad_logits_; // [B, C] acc
 
   std::vector<Lane> lanes_;
   std::optional<RowOperand> input_; // A
@@ -260,6 +299,21 @@ class BackwardSweep {
 
 Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& request, const SweepKernels& kernels) {
   return BackwardSweep(problem, request, kernels).run();
+}
+
+Gradients
+sweep_logits_backward(const LinearProblem& problem, const LogitsBackwardRequest& request, const SweepKernels& kernels) {
+  const at::TensorOptions options = request.grad_logits.options();
+  const BackwardRequest backward{
+      std::nullopt,
+      std::nullopt,
+      std::nullopt,
+      /*other_lse=*/at::zeros({problem.input.size(0)}, options),
+      /*kept=*/at::empty({problem.input.size(0), 0}, options),
+      request.inverse_norms,
+      /*weight_sum=*/at::Tensor(),
+      request.wanted};
+  return BackwardSweep(problem, backward, request.grad_logits, kernels).run();
 }
 
 } // namespace torchmargin

@@ -7,22 +7,11 @@
 #include <cmath>
 
 #include "sweep/class_sweep.h"
+#include "sweep/raw.h"
 #include "sweep/settings.h"
 
 namespace torchmargin {
 namespace {
-
-RawMatrix raw(const at::Tensor& matrix) {
-  return {matrix.data_ptr(), matrix.scalar_type(), matrix.stride(0), matrix.stride(1)};
-}
-
-// A vector, or a 0-dim tensor that stands for every row.
-RawMatrix raw_vector(const std::optional<at::Tensor>& vector) {
-  if (!vector.has_value()) {
-    return {nullptr, at::kFloat, 0, 0};
-  }
-  return {vector->data_ptr(), vector->scalar_type(), vector->dim() == 0 ? 0 : vector->stride(0), 0};
-}
 
 // Can a product and the kernels read these rows as they are?
 bool reads_in_place(const at::Tensor& matrix) {
@@ -104,10 +93,22 @@ at::Tensor ClassLoop::load_weight(Range classes, const at::Tensor& buffer) const
   return sizes_.convert_weight ? rows_of(buffer, {0, classes.count}).copy_(chunk) : chunk;
 }
 
+void ClassLoop::load_inverse_norms(
+    const at::Tensor& weight,
+    Range classes,
+    const at::Tensor& inverse_norms,
+    double* weight_sum) const {
+  kernels_.load_rows(
+      {weight.data_ptr(), weight.stride(0), classes.count, sizes_.features, problem_.normalize_weight,
+       /*scale_in_place=*/false, /*row_factor=*/nullptr, /*operand_scale=*/nullptr,
+       problem_.normalize_weight ? rows_of(inverse_norms, classes).data_ptr() : nullptr, weight_sum},
+      acc());
+}
+
 TargetContext ClassLoop::context() const {
   return {
-      raw(problem_.input),
-      raw(problem_.weight),
+      raw_matrix(problem_.input),
+      raw_matrix(problem_.weight),
       pointer<int64_t>(target_),
       sizes_.features,
       sizes_.classes,

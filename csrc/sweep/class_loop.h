@@ -102,6 +102,11 @@ class ClassLoop {
   // Room for one chunk of converted weights; undefined where none are.
   at::Tensor weight_buffer() const;
 
+  // The chunk's inverse norms into their place of `inverse_norms` [C] (or [0]: weights are taken as they are);
+  // `weight_sum` [D] += the weights times them, unless it is nullptr.
+  void load_inverse_norms(const at::Tensor& weight, Range classes, const at::Tensor& inverse_norms, double* weight_sum)
+      const;
+
   // What the kernels are told.
   TargetContext context() const;
   LogitsTile describe(const at::Tensor& logits, Range rows, Range classes, const at::Tensor& inverse_norms) const;

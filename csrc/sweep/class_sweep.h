@@ -18,4 +18,9 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
 // The private backward op: the gradients that request.wanted asks for.
 Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& request, const SweepKernels& kernels);
 
+// The same loop for margin_logits, which returns every logit: products, scaled where they stand.
+LogitsResult sweep_logits(const LinearProblem& problem, const SweepKernels& kernels);
+Gradients
+sweep_logits_backward(const LinearProblem& problem, const LogitsBackwardRequest& request, const SweepKernels& kernels);
+
 } // namespace torchmargin

@@ -54,12 +54,7 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
   loop.for_each_chunk(request.kept_classes, [&](int64_t lane, Range classes) {
     const at::Tensor weight = loop.load_weight(classes, lanes[lane].weight_buffer);
     if (problem.normalize_weight || request.with_logit_sum) {
-      kernels.load_rows(
-          {weight.data_ptr(), weight.stride(0), classes.count, sizes.features, problem.normalize_weight,
-           /*scale_in_place=*/false, /*row_factor=*/nullptr, /*operand_scale=*/nullptr,
-           problem.normalize_weight ? rows_of(result.inverse_norms, classes).data_ptr() : nullptr,
-           pointer<double>(weight_sums.select(0, lane))},
-          loop.acc());
+      loop.load_inverse_norms(weight, classes, result.inverse_norms, pointer<double>(weight_sums.select(0, lane)));
     }
     loop.for_each_tile([&](Range rows) {
       at::Tensor logits = classes.begin < request.kept_classes

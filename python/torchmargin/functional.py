@@ -2,7 +2,14 @@
 
 Shapes: ``input`` [B, D], ``weight`` [C, D], ``target`` [B] int64, ``bias`` [C]. Results are
 float64 for float64 inputs and float32 otherwise. Angles and ``m2`` are in radians. The
-readable specification of both functions is :mod:`torchmargin.reference`.
+readable specification of all functions is :mod:`torchmargin.reference`.
+
+Second derivatives and forward-mode AD are right for all of them; unlike everything else they hold
+[B, C] matrices. Second derivatives are NaN for rows that have none: at an angle of exactly 0 or pi to
+their class, or of length zero without being normalised, unless no angle is added to theta.
+
+Under autocast the linear functions keep the weight as it is and take the autocast dtype as
+``compute_dtype``; the others run in float32. Losses and logits are never rounded to 16 bits.
 
 With x and w of unit length where they are normalised, theta the angle between a row and its
 target's weight, and mu = margin_weight * sample_margin_weight:
@@ -25,7 +32,14 @@ from torch import Tensor
 
 from torchmargin import _extension  # noqa: F401  (registers the ops)
 
-__all__ = ["LinearMarginLse", "linear_margin_cross_entropy", "linear_margin_lse"]
+__all__ = [
+    "LinearMarginLse",
+    "linear_margin_cross_entropy",
+    "linear_margin_lse",
+    "margin_cross_entropy",
+    "margin_logits",
+    "margin_transform",
+]
 
 
 class LinearMarginLse(NamedTuple):
@@ -140,4 +154,113 @@ def linear_margin_cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         reduction=reduction,
+    )
+
+
+def margin_logits(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    m1: float = 1.0,
+    m2: float = 0.0,
+    m3: float = 0.0,
+    sample_m2: Tensor | None = None,
+    sample_m3: Tensor | None = None,
+    sample_margin_weight: Tensor | None = None,
+    extension: str = "none",
+    margin_weight: float = 1.0,
+    margin_gradient: str = "exact",
+    normalize_input: bool = True,
+    normalize_weight: bool = True,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The logits [B, C] themselves, to look at or for inference: the one linear function that holds them.
+
+    Each row's target in [0, C) has the margin; a row with another target, or without any, has none.
+    """
+    return torch.ops.torchmargin.margin_logits(
+        input,
+        weight,
+        target,
+        bias,
+        scale=scale,
+        m1=m1,
+        m2=m2,
+        m3=m3,
+        sample_m2=sample_m2,
+        sample_m3=sample_m3,
+        sample_margin_weight=sample_margin_weight,
+        extension=extension,
+        margin_weight=margin_weight,
+        margin_gradient=margin_gradient,
+        normalize_input=normalize_input,
+        normalize_weight=normalize_weight,
+        compute_dtype=compute_dtype,
+    )
+
+
+def margin_cross_entropy(
+    cosine: Tensor,
+    target: Tensor,
+    *,
+    scale: float = 1.0,
+    m1: float = 1.0,
+    m2: float = 0.0,
+    m3: float = 0.0,
+    sample_m2: Tensor | None = None,
+    sample_m3: Tensor | None = None,
+    sample_margin_weight: Tensor | None = None,
+    extension: str = "none",
+    margin_weight: float = 1.0,
+    margin_gradient: str = "exact",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The loss for callers who hold the cosines [B, C] already, of unit embeddings and weights.
+
+    One pass forward and one backward, out of place. A target's cosine past +-1 counts as +-1, and the
+    derivative there is finite. Otherwise as :func:`linear_margin_cross_entropy`.
+    """
+    return torch.ops.torchmargin.margin_cross_entropy(
+        cosine,
+        target,
+        scale=scale,
+        m1=m1,
+        m2=m2,
+        m3=m3,
+        sample_m2=sample_m2,
+        sample_m3=sample_m3,
+        sample_margin_weight=sample_margin_weight,
+        extension=extension,
+        margin_weight=margin_weight,
+        margin_gradient=margin_gradient,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+
+
+def margin_transform(
+    cosine: Tensor,
+    *,
+    m1: float = 1.0,
+    m2: float = 0.0,
+    m3: float = 0.0,
+    extension: str = "none",
+    margin_weight: float = 1.0,
+    margin_gradient: str = "exact",
+) -> Tensor:
+    """psi of each cosine, of any shape and in its dtype: the margin alone, for curves and for heads of one's own."""
+    return torch.ops.torchmargin.margin_transform(
+        cosine,
+        m1=m1,
+        m2=m2,
+        m3=m3,
+        extension=extension,
+        margin_weight=margin_weight,
+        margin_gradient=margin_gradient,
     )

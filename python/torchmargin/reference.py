@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["LinearMarginLse", "linear_margin_cross_entropy", "linear_margin_lse", "margin_logits", "psi"]
+__all__ = [
+    "LinearMarginLse",
+    "linear_margin_cross_entropy",
+    "linear_margin_lse",
+    "margin_cross_entropy",
+    "margin_logits",
+    "margin_transform",
+    "psi",
+]
 
 ZERO_NORM = 1e-12
 
@@ -82,7 +90,7 @@ def psi(
     return result
 
 
-def margin_logits(
+def _logits_and_angles(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -131,7 +139,7 @@ def linear_margin_lse(
     input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, **margin
 ) -> LinearMarginLse:
     """The core op. A target outside [0, C) is absent: target_logit and target_angle are 0."""
-    logits, theta = margin_logits(input, weight, target, bias, **margin)
+    logits, theta = _logits_and_angles(input, weight, target, bias, **margin)
     classes = weight.shape[0]
     present = (target >= 0) & (target < classes)
     is_target = torch.arange(classes, device=target.device) == torch.where(present, target, -1).unsqueeze(1)
@@ -152,7 +160,58 @@ def linear_margin_cross_entropy(
     **margin,
 ) -> Tensor:
     """The loss, as torch's cross_entropy of the logits."""
-    logits, _ = margin_logits(input, weight, target, bias, **margin)
+    logits = margin_logits(input, weight, target, bias, **margin)
     return F.cross_entropy(
         logits, target, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction
+    )
+
+
+def margin_logits(
+    input: Tensor, weight: Tensor, target: Tensor | None = None, bias: Tensor | None = None, **margin
+) -> Tensor:
+    """The logits [B, C] with the margin at each row's target, if it is one of the C classes."""
+    if target is None:
+        target = torch.full((input.shape[0],), -1, device=input.device)
+    return _logits_and_angles(input, weight, target, bias, **margin)[0]
+
+
+def margin_transform(cosine: Tensor, **margin) -> Tensor:
+    """psi of cosines of any shape; past +-1 they count as +-1."""
+    clamped = cosine.clamp(-1, 1)
+    return psi(2 * torch.atan2((1 - clamped).sqrt(), (1 + clamped).sqrt()), **margin)
+
+
+def margin_cross_entropy(
+    cosine: Tensor,
+    target: Tensor,
+    *,
+    scale: float = 1.0,
+    m2: float = 0.0,
+    m3: float = 0.0,
+    sample_m2: Tensor | None = None,
+    sample_m3: Tensor | None = None,
+    sample_margin_weight: Tensor | None = None,
+    margin_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    **margin,
+) -> Tensor:
+    """The loss from cosines [B, C]: the target's becomes psi, all are scaled, then cross_entropy."""
+    present = (target >= 0) & (target < cosine.shape[1])
+    y = torch.where(present, target, 0).unsqueeze(1)
+    own = margin_transform(
+        cosine.gather(1, y).squeeze(1),
+        m2=m2 if sample_m2 is None else m2 + sample_m2,
+        m3=m3 if sample_m3 is None else m3 + sample_m3,
+        margin_weight=margin_weight if sample_margin_weight is None else margin_weight * sample_margin_weight,
+        **margin,
+    )
+    own = torch.where(present, own, cosine.gather(1, y).squeeze(1))
+    return F.cross_entropy(
+        scale * cosine.scatter(1, y, own.unsqueeze(1)),
+        target,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
     )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import torchmargin.functional as F
+from torchmargin import reference
 
 from conftest import problem
 
@@ -32,19 +33,132 @@ def test_gradcheck_of_the_loss(workspace):
     assert torch.autograd.gradcheck(loss, (x, w, b))
 
 
-def test_second_derivatives_are_not_implemented():
-    x, w, y, _ = problem()
-    loss = F.linear_margin_cross_entropy(x, w, y, scale=4.0)
-    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    assert grad.requires_grad
-    with pytest.raises(NotImplementedError, match="_linear_margin_backward: second derivatives are not implemented"):
-        grad.sum().backward()
+EXTENSIONS = ["none", "linear", "easy", "clip", "monotonic"]
 
 
-def test_forward_mode_is_not_implemented():
-    x, w, y, _ = problem()
-    with pytest.raises(NotImplementedError, match="forward-mode AD is not implemented"):
-        torch.func.jvp(lambda x: F.linear_margin_cross_entropy(x, w.detach(), y), (x.detach(),), (x.detach(),))
+def _cosines(rows, classes):
+    """Cosines off the seams, with a row without a target, and margins of rows."""
+    cosine = (1.8 * torch.rand(rows, classes, dtype=torch.float64) - 0.9).requires_grad_()
+    margins = [(0.1 * torch.rand(rows, dtype=torch.float64)).requires_grad_() for _ in range(2)]
+    return cosine, torch.randint(0, classes, (rows,)), *margins
+
+
+def _ops(extension, normalize):
+    """Every differentiable op as (function, its float64 inputs), with bias, margins of rows and an absent target."""
+    x, w, y, b = problem(5, 4, 7, bias=True)
+    cosine, y_cosine, m2, m3 = _cosines(5, 7)
+    y[0] = -1
+    shared = {"scale": 2.0, "m2": 0.2, "extension": extension}
+    linear = {**shared, "normalize_input": normalize, "normalize_weight": normalize}
+
+    def lse(x, w, b, m2, m3):
+        return F.linear_margin_lse(x, w, y, b, sample_m2=m2, sample_m3=m3, **linear)[:3]
+
+    def loss(x, w, b, m2, m3):
+        return F.linear_margin_cross_entropy(
+            x, w, y.clamp(min=0), b, sample_m2=m2, sample_m3=m3, label_smoothing=0.1, **linear
+        )
+
+    def logits(x, w, b, m2, m3):
+        return F.margin_logits(x, w, y, b, sample_m2=m2, sample_m3=m3, **linear)
+
+    def cosine_loss(cosine, m2, m3):
+        return F.margin_cross_entropy(cosine, y_cosine, sample_m2=m2, sample_m3=m3, label_smoothing=0.1, **shared)
+
+    def transform(cosine):
+        return F.margin_transform(cosine, m2=0.2, m3=0.1, extension=extension)
+
+    every = {f.__name__: (f, (x, w, b, m2, m3)) for f in (lse, loss, logits)}
+    return {**every, "cosine_loss": (cosine_loss, (cosine, m2, m3)), "transform": (transform, (cosine,))}
+
+
+@pytest.mark.parametrize("op", ["lse", "loss", "logits", "cosine_loss", "transform"])
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_second_derivatives_and_forward_mode(op, extension, normalize):
+    function, inputs = _ops(extension, normalize)[op]
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_forward_over_reverse():
+    function, inputs = _ops("monotonic", True)["loss"]
+    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("op", ["loss", "cosine_loss"])
+def test_third_derivatives(op):
+    """Of a gradient penalty's gradient, against the reference."""
+    x, w, y, _ = problem(5, 4, 7)
+    cosine = _cosines(5, 7)[0]
+
+    def third(loss, leaf):
+        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(second.square().sum(), leaf)[0]
+
+    if op == "loss":
+        got = third(F.linear_margin_cross_entropy(x, w, y, scale=3.0, m2=0.2), x)
+        expected = third(reference.linear_margin_cross_entropy(x, w, y, scale=3.0, m2=0.2), x)
+    else:
+        got = third(F.margin_cross_entropy(cosine, y, scale=3.0, m2=0.2), cosine)
+        expected = third(reference.margin_cross_entropy(cosine, y, scale=3.0, m2=0.2), cosine)
+    torch.testing.assert_close(got, expected)
+
+
+def test_one_tensor_as_input_and_weight():
+    x = problem(5, 4)[0]
+    y = (torch.arange(5) + 1) % 5
+
+    def penalty(module):
+        (first,) = torch.autograd.grad(module.linear_margin_cross_entropy(x, x, y, m3=0.2), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    torch.testing.assert_close(penalty(F), penalty(reference))
+
+
+def test_ignored_rows_do_not_reach_second_derivatives():
+    x, w, y, _ = problem(dtype=torch.float64)
+    keep = torch.arange(9) != 2
+
+    def penalty(x, w, y):
+        loss = F.linear_margin_cross_entropy(x, w, y, scale=3.0, m2=0.2)
+        first = torch.autograd.grad(loss, (x, w), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, w))
+
+    small = x.detach()[keep].requires_grad_()
+    expected = penalty(small, w, y[keep])
+    with torch.no_grad():
+        x[2] = float("nan")
+    y[2] = -100
+    got = penalty(x, w, y)
+    assert (got[0][2] == 0).all()
+    torch.testing.assert_close(got[0][keep], expected[0])
+    torch.testing.assert_close(got[1], expected[1])
+
+
+@pytest.mark.parametrize("opposite", [False, True])
+def test_second_derivatives_at_the_seam_are_nan_and_not_wrong(opposite):
+    """theta = 0 and pi have none with an angular margin; without one the logit is smooth there."""
+    w = torch.eye(3, dtype=torch.float64).requires_grad_()
+    x = ((-2 if opposite else 2) * w.detach()[:2]).requires_grad_()
+    y = torch.arange(2)
+
+    def second(module, **margin):
+        (first,) = torch.autograd.grad(module.linear_margin_cross_entropy(x, w, y, **margin), x, create_graph=True)
+        assert first.isfinite().all()
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    assert second(F, m2=0.3).isnan().all()
+    assert second(F, m3=0.3, normalize_input=False).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops over the op
+def test_hessian():
+    x, w, y, _ = problem(4, 3, 5)
+    f = lambda module: lambda x: module.linear_margin_cross_entropy(x, w.detach(), y, scale=2.0, m2=0.2)  # noqa: E731
+    for hessian in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
+        torch.testing.assert_close(hessian(f(F))(x.detach()), torch.func.hessian(f(reference))(x.detach()))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops over the op
@@ -57,10 +171,36 @@ def test_func_grad_and_jacrev():
             torch.testing.assert_close(got, true)
 
 
-@pytest.mark.parametrize("op", ["linear_margin_lse", "linear_margin_cross_entropy", "_linear_margin_forward"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_per_sample_gradients():
+    x, w, y, _ = problem()
+    loss = lambda x, w, y: F.linear_margin_cross_entropy(x[None], w, y[None], scale=4.0, m2=0.3)  # noqa: E731
+    got = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None, 0))(x.detach(), w.detach(), y)
+    for i in range(len(y)):
+        expected = torch.autograd.grad(loss(x[i], w, y[i]), (x, w))
+        torch.testing.assert_close(got[0][i], expected[0][i])
+        torch.testing.assert_close(got[1][i], expected[1])
+
+
+OPCHECKED = {
+    "linear_margin_lse": lambda x, w, y, b, c: (x, w, y, b),
+    "linear_margin_cross_entropy": lambda x, w, y, b, c: (x, w, y, b),
+    "margin_logits": lambda x, w, y, b, c: (x, w, y, b),
+    "margin_cross_entropy": lambda x, w, y, b, c: (c, y),
+    "margin_transform": lambda x, w, y, b, c: (c,),
+    "_linear_margin_forward": lambda x, w, y, b, c: (x, w, y, b),
+    "_margin_logits_forward": lambda x, w, y, b, c: (x, w, y, b),
+    "_margin_cosine_forward": lambda x, w, y, b, c: (c, y),
+    "_linear_margin_cross_entropy_statistics": lambda x, w, y, b, c: (x, w, y, b),
+}
+
+
+@pytest.mark.parametrize("op", OPCHECKED)
 def test_opcheck(op):
     x, w, y, b = problem(bias=True)
-    torch.library.opcheck(getattr(torch.ops.torchmargin, op).default, (x, w, y, b), {"scale": 4.0, "m2": 0.3})
+    cosine = (1.8 * torch.rand(9, 23, dtype=torch.float64) - 0.9).requires_grad_()
+    options = {"m2": 0.3} if op == "margin_transform" else {"scale": 4.0, "m2": 0.3}
+    torch.library.opcheck(getattr(torch.ops.torchmargin, op).default, OPCHECKED[op](x, w, y, b, cosine), options)
 
 
 def test_compile_fullgraph_gives_the_same():

@@ -1,0 +1,129 @@
+// Autocast. The linear ops never cast the weight as a whole: the other tensors are brought to
+// its dtype (margins of rows to float32, which every narrow weight takes), and for float32
+// weights the autocast dtype becomes compute_dtype, the lowest precision allowed for the
+// products. The ops on given cosines run in float32.
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include "ops/cosine_problem.h"
+#include "ops/problem.h"
+
+namespace torchmargin {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+bool is_narrow(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16;
+}
+
+// float64 and integers are left as they are, for the gate to judge.
+at::Tensor cast(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.defined() && is_narrow(tensor.scalar_type()) && is_narrow(dtype) ? tensor.to(dtype) : tensor;
+}
+
+OptionalTensor cast(const OptionalTensor& tensor, at::ScalarType dtype) {
+  return tensor.has_value() ? OptionalTensor(cast(*tensor, dtype)) : std::nullopt;
+}
+
+c10::DispatchKeySet autocast_keys() {
+  return c10::autocast_dispatch_keyset;
+}
+
+template <typename Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// Calls a linear op below autocast with its tensors cast. `Target` is Tensor or optional Tensor.
+template <typename Op, typename Target, typename... More>
+auto call_linear(
+    const Op& op,
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const Target& target,
+    TORCHMARGIN_LINEAR_OPTION_PARAMETERS,
+    More... more) {
+  const c10::impl::ExcludeDispatchKeyGuard below(autocast_keys());
+  const at::ScalarType dtype = weight.scalar_type();
+  std::optional<at::ScalarType> lowest = compute_dtype;
+  if (!lowest.has_value() && dtype == at::kFloat && is_narrow(input.scalar_type())) {
+    lowest = at::autocast::get_autocast_dtype(weight.device().type());
+  }
+  return op.call(
+      cast(input, dtype), weight, target, cast(bias, dtype), scale, m1, m2, m3, cast(sample_m2, at::kFloat),
+      cast(sample_m3, at::kFloat), cast(sample_margin_weight, at::kFloat), extension, margin_weight, margin_gradient,
+      normalize_input, normalize_weight, lowest, more...);
+}
+
+using LseTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using LossTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+LseTuple linear_margin_lse_autocast(TORCHMARGIN_LINEAR_PARAMETERS) {
+  static const auto op = find_op<LseTuple(TORCHMARGIN_LINEAR_PARAMETERS)>("torchmargin::linear_margin_lse");
+  return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS);
+}
+
+at::Tensor linear_margin_cross_entropy_autocast(TORCHMARGIN_LOSS_PARAMETERS) {
+  static const auto op = find_op<at::Tensor(TORCHMARGIN_LOSS_PARAMETERS)>("torchmargin::linear_margin_cross_entropy");
+  return call_linear(op, TORCHMARGIN_LOSS_ARGUMENTS);
+}
+
+LossTuple linear_margin_cross_entropy_statistics_autocast(TORCHMARGIN_LOSS_PARAMETERS) {
+  static const auto op =
+      find_op<LossTuple(TORCHMARGIN_LOSS_PARAMETERS)>("torchmargin::_linear_margin_cross_entropy_statistics");
+  return call_linear(op, TORCHMARGIN_LOSS_ARGUMENTS);
+}
+
+at::Tensor margin_logits_autocast(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const OptionalTensor& target,
+    TORCHMARGIN_LINEAR_OPTION_PARAMETERS) {
+  static const auto op = find_op<at::Tensor(
+      const at::Tensor&, const at::Tensor&, const OptionalTensor&, TORCHMARGIN_LINEAR_OPTION_PARAMETERS)>(
+      "torchmargin::margin_logits");
+  return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS);
+}
+
+at::Tensor margin_cross_entropy_autocast(
+    TORCHMARGIN_COSINE_PARAMETERS,
+    double label_smoothing,
+    int64_t ignore_index,
+    std::string_view reduction) {
+  static const auto op = find_op<at::Tensor(TORCHMARGIN_COSINE_PARAMETERS, double, int64_t, std::string_view)>(
+      "torchmargin::margin_cross_entropy");
+  const c10::impl::ExcludeDispatchKeyGuard below(autocast_keys());
+  return op.call(
+      cast(cosine, at::kFloat), target, scale, m1, m2, m3, cast(sample_m2, at::kFloat), cast(sample_m3, at::kFloat),
+      cast(sample_margin_weight, at::kFloat), extension, margin_weight, margin_gradient, label_smoothing, ignore_index,
+      reduction);
+}
+
+at::Tensor margin_transform_autocast(const at::Tensor& cosine, TORCHMARGIN_MARGIN_PARAMETERS) {
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, TORCHMARGIN_MARGIN_PARAMETERS)>("torchmargin::margin_transform");
+  const c10::impl::ExcludeDispatchKeyGuard below(autocast_keys());
+  return op.call(cast(cosine, at::kFloat), TORCHMARGIN_MARGIN_ARGUMENTS);
+}
+
+void register_kernels(torch::Library& library) {
+  library.impl("linear_margin_lse", linear_margin_lse_autocast);
+  library.impl("linear_margin_cross_entropy", linear_margin_cross_entropy_autocast);
+  library.impl("_linear_margin_cross_entropy_statistics", linear_margin_cross_entropy_statistics_autocast);
+  library.impl("margin_logits", margin_logits_autocast);
+  library.impl("margin_cross_entropy", margin_cross_entropy_autocast);
+  library.impl("margin_transform", margin_transform_autocast);
+}
+
+TORCH_LIBRARY_IMPL(torchmargin, AutocastCPU, library) {
+  register_kernels(library);
+}
+
+TORCH_LIBRARY_IMPL(torchmargin, AutocastCUDA, library) {
+  register_kernels(library);
+}
+
+} // namespace
+} // namespace torchmargin

@@ -1,0 +1,202 @@
+#include "ops/formula.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+
+#include <cmath>
+#include <limits>
+
+#include "math/angle.h"
+
+namespace torchmargin {
+namespace {
+
+constexpr double kPi = 3.14159265358979323846;
+
+at::Tensor number_like(const at::Tensor& tensor, double value) {
+  return at::full({}, value, tensor.options());
+}
+
+// The margin of each row, in float64.
+struct RowMargins {
+  at::Tensor m2, m3, mu; // [B] or 0-dim
+  bool plain; // no angle is added: E is the cosine itself
+};
+
+RowMargins row_margins(
+    const MarginParameters& margin,
+    const std::optional<at::Tensor>& sample_m2,
+    const std::optional<at::Tensor>& sample_m3,
+    const std::optional<at::Tensor>& sample_margin_weight,
+    const at::Tensor& like) {
+  const auto widened = [&](const std::optional<at::Tensor>& sample, double otherwise) {
+    return sample.has_value() ? sample->to(at::kDouble) : at::full({}, otherwise, like.options().dtype(at::kDouble));
+  };
+  return {
+      widened(sample_m2, 0.0) + margin.m2, widened(sample_m3, 0.0) + margin.m3,
+      widened(sample_margin_weight, 1.0) * margin.margin_weight,
+      margin.m1 == 1.0 && margin.m2 == 0.0 && !sample_m2.has_value()};
+}
+
+at::Tensor extended_cosine(
+    const MarginParameters& margin,
+    const at::Tensor& theta,
+    const at::Tensor& cosine,
+    const RowMargins& row) {
+  if (row.plain) {
+    return cosine;
+  }
+  const at::Tensor phi = margin.m1 * theta + row.m2;
+  switch (margin.extension) {
+    case Extension::none:
+      return phi.cos();
+    case Extension::linear:
+      return at::where(phi <= kPi, phi.cos(), cosine - row.m2 * row.m2.sin());
+    case Extension::easy:
+      return at::where(cosine > 0, phi.cos(), cosine);
+    case Extension::clip:
+      return phi.clamp(0.0, kPi).cos();
+    case Extension::monotonic:
+      break;
+  }
+  const at::Tensor k = (phi / kPi).floor().detach();
+  return (1 - 2 * at::remainder(k, 2)) * phi.cos() - 2 * k;
+}
+
+at::Tensor
+psi(const MarginParameters& margin, const at::Tensor& theta, const at::Tensor& cosine, const RowMargins& row) {
+  const at::Tensor value = cosine + row.mu * (extended_cosine(margin, theta, cosine, row) - row.m3 - cosine);
+  return margin.margin_gradient == MarginGradient::straight_through ? cosine + (value - cosine).detach() : value;
+}
+
+at::Tensor norms(const at::Tensor& rows) {
+  return at::linalg_vector_norm(rows, 2, at::IntArrayRef{1});
+}
+
+// Rows of unit length; a zero row stays zero and has no gradient.
+at::Tensor unit(const at::Tensor& rows) {
+  const at::Tensor length = norms(rows).unsqueeze(1);
+  const at::Tensor zero = length < kZeroNorm;
+  const at::Tensor one = number_like(rows, 1.0);
+  return at::where(zero, number_like(rows, 0.0), rows / at::where(zero, one, length));
+}
+
+// theta and t of every row, float64; 0 where the target is absent.
+struct TargetFormula {
+  at::Tensor theta;
+  at::Tensor logit;
+};
+
+TargetFormula target_formula(const LinearProblem& p, bool mark_seam) {
+  const at::Tensor present = p.target.ge(0).logical_and(p.target.lt(p.weight.sym_size(0)));
+  const at::Tensor place = at::where(present, p.target, at::zeros({}, p.target.options()));
+  const at::Tensor x = p.input.to(at::kDouble);
+  const at::Tensor w = p.weight.index_select(0, place).to(at::kDouble);
+  const at::Tensor unit_x = unit(x);
+  const at::Tensor unit_w = unit(w);
+  const at::Tensor alpha = p.normalize_input ? at::ones({}, x.options()) : norms(x);
+  const at::Tensor beta = p.normalize_weight ? at::ones({}, x.options()) : norms(w);
+  const RowMargins row = row_margins(p.margin, p.sample_m2, p.sample_m3, p.sample_margin_weight, p.input);
+
+  const at::Tensor zero_x = norms(x) < kZeroNorm;
+  const at::Tensor zero_w = norms(w) < kZeroNorm;
+  const at::Tensor delta = norms(unit_x - unit_w);
+  const at::Tensor sigma = norms(unit_x + unit_w);
+  const at::Tensor right = at::full({}, kPi / 2, x.options());
+  const at::Tensor theta = at::where(zero_x.logical_or(zero_w), right, 2 * at::atan2(delta, sigma));
+  at::Tensor value;
+  if (row.plain) { // a bilinear form less a constant: no angle, no seam
+    value =
+        ((p.normalize_input ? unit_x : x) * (p.normalize_weight ? unit_w : w)).sum(1) - alpha * beta * row.mu * row.m3;
+  } else {
+    value = alpha * beta * psi(p.margin, theta, theta.cos(), row);
+    if (mark_seam) {
+      at::Tensor seam = at::minimum(delta, sigma) <= kParallel;
+      seam = p.normalize_input ? seam : seam.logical_or(zero_x);
+      seam = p.normalize_weight ? seam : seam.logical_or(zero_w);
+      value = value * at::where(seam, std::numeric_limits<double>::quiet_NaN(), at::ones({}, x.options()));
+    }
+  }
+  value = p.margin.scale * value;
+  if (p.bias.has_value()) {
+    value = value + p.bias->index_select(0, place).to(at::kDouble);
+  }
+  const at::Tensor none = at::zeros({}, x.options());
+  return {at::where(present, theta, none).detach(), at::where(present, value, none)};
+}
+
+// The logits without a margin, [B, C] acc.
+at::Tensor plain_logits(const LinearProblem& p) {
+  const at::Tensor x = p.input.to(p.acc());
+  const at::Tensor w = p.weight.to(p.acc());
+  at::Tensor logits = p.margin.scale * at::mm(p.normalize_input ? unit(x) : x, (p.normalize_weight ? unit(w) : w).t());
+  return p.bias.has_value() ? logits + p.bias->to(p.acc()) : logits;
+}
+
+// [B, C] bool: each row's own class, where it is present.
+at::Tensor own_class(const at::Tensor& logits, const at::Tensor& target) {
+  const at::Tensor classes = at::arange(at::Scalar(logits.sym_size(1)), target.options());
+  return classes.unsqueeze(0).eq(target.unsqueeze(1));
+}
+
+// The three differentiable results from logits without a margin and the target's own.
+CosineResult results_of(const at::Tensor& logits, const at::Tensor& own, const at::Tensor& target_logit) {
+  const at::Tensor others = logits.masked_fill(own, -std::numeric_limits<double>::infinity());
+  const at::Tensor sum = logits.masked_fill(own, 0.0).sum(1);
+  return {at::logsumexp(others, at::IntArrayRef{1}), target_logit, sum + target_logit};
+}
+
+} // namespace
+
+ForwardResult linear_formula(const LinearProblem& p, bool mark_seam) {
+  const TargetFormula target = target_formula(p, mark_seam);
+  const at::Tensor logits = plain_logits(p);
+  const at::Tensor own = own_class(logits, p.target);
+  const CosineResult results = results_of(logits, own, target.logit.to(p.acc()));
+  ForwardResult result;
+  result.other_lse = results.other_lse;
+  result.target_logit = results.target_logit;
+  result.logit_sum = results.logit_sum;
+  result.target_angle = target.theta.to(p.acc());
+  result.max_other_logit =
+      logits.detach().masked_fill(own, -std::numeric_limits<double>::infinity()).amax(at::IntArrayRef{1});
+  result.kept = at::empty_symint({p.input.sym_size(0), 0}, logits.options().requires_grad(false));
+  result.inverse_norms = at::empty({0}, result.kept.options());
+  result.weight_sum = at::empty({0}, result.kept.options().dtype(at::kDouble));
+  return result;
+}
+
+at::Tensor logits_formula(const LinearProblem& p, bool mark_seam) {
+  const at::Tensor logits = plain_logits(p);
+  return at::where(own_class(logits, p.target), target_formula(p, mark_seam).logit.to(p.acc()).unsqueeze(1), logits);
+}
+
+namespace {
+
+// psi of cosines of any shape; past +-1 they count as +-1, where only the plain psi has a slope.
+at::Tensor psi_of_cosine(const at::Tensor& cosine, const MarginParameters& margin, const RowMargins& row) {
+  const at::Tensor wide = cosine.to(at::kDouble);
+  const at::Tensor clamped = wide.clamp(-1.0, 1.0);
+  const at::Tensor theta = 2 * at::atan2((1 - clamped).sqrt(), (1 + clamped).sqrt());
+  return psi(margin, theta, row.plain ? wide + (clamped - wide).detach() : clamped, row);
+}
+
+} // namespace
+
+CosineResult cosine_formula(const CosineProblem& p) {
+  const at::Tensor logits = p.margin.scale * p.cosine.to(p.acc());
+  const at::Tensor present = p.target.ge(0).logical_and(p.target.lt(p.cosine.sym_size(1)));
+  const at::Tensor place = at::where(present, p.target, at::zeros({}, p.target.options()));
+  const RowMargins row = row_margins(p.margin, p.sample_m2, p.sample_m3, p.sample_margin_weight, p.cosine);
+  const at::Tensor own_cosine = p.cosine.gather(1, place.unsqueeze(1)).squeeze(1);
+  const at::Tensor value = p.margin.scale * psi_of_cosine(own_cosine, p.margin, row);
+  const at::Tensor target_logit = at::where(present, value, at::zeros({}, value.options()));
+  return results_of(logits, own_class(logits, p.target), target_logit.to(p.acc()));
+}
+
+at::Tensor transform_formula(const at::Tensor& cosine, const MarginParameters& margin) {
+  const RowMargins row = row_margins(margin, std::nullopt, std::nullopt, std::nullopt, cosine);
+  return psi_of_cosine(cosine, margin, row).to(cosine.scalar_type());
+}
+
+} // namespace torchmargin

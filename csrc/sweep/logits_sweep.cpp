@@ -1,0 +1,67 @@
+// The forward sweep of margin_logits: every chunk's products are scaled where they stand in the
+// result, and the target pass puts the logits with a margin in their places.
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+
+#include <vector>
+
+#include "sweep/class_loop.h"
+#include "sweep/class_sweep.h"
+
+namespace torchmargin {
+namespace {
+
+// Each row's logit of its own class, [B] acc; 0 where it is absent.
+at::Tensor target_logits(const ClassLoop& loop) {
+  const int64_t rows = loop.sizes().rows;
+  const at::Tensor results = loop.empty({5, rows});
+  const auto result = [&](int64_t index) { return results.select(0, index).data_ptr(); };
+  loop.kernels().target_pass(
+      {loop.context(), rows, /*lanes=*/0, /*shift=*/nullptr, /*sum=*/nullptr, /*maximum=*/nullptr,
+       /*weight_sum=*/nullptr, /*bias_sum=*/nullptr, result(0), result(1), result(2), result(3), result(4)},
+      loop.acc());
+  return results.select(0, 1);
+}
+
+} // namespace
+
+LogitsResult sweep_logits(const LinearProblem& problem, const SweepKernels& kernels) {
+  const ClassLoop loop(problem, kernels);
+  const SweepSizes& sizes = loop.sizes();
+  LogitsResult result;
+  result.logits = loop.empty({sizes.rows, sizes.classes});
+  result.inverse_norms = loop.empty({problem.normalize_weight ? sizes.classes : 0});
+
+  const RowOperand input(loop, /*factor=*/nullptr, /*operand_scale=*/nullptr);
+  std::vector<at::Tensor> weight_buffers;
+  for (int64_t lane = 0; lane < loop.plan().lanes; ++lane) {
+    weight_buffers.push_back(loop.weight_buffer());
+  }
+  loop.for_each_chunk(/*kept_classes=*/0, [&](int64_t lane, Range classes) {
+    const at::Tensor weight = loop.load_weight(classes, weight_buffers[lane]);
+    if (problem.normalize_weight) {
+      loop.load_inverse_norms(weight, classes, result.inverse_norms, /*weight_sum=*/nullptr);
+    }
+    loop.for_each_tile([&](Range rows) {
+      at::Tensor logits = columns_of(rows_of(result.logits, rows), classes);
+      at::mm_out(logits, input.tile(rows), weight.t());
+      if (problem.normalize_weight) {
+        logits.mul_(rows_of(result.inverse_norms, classes));
+      }
+      if (problem.margin.scale != 1.0) {
+        logits.mul_(problem.margin.scale);
+      }
+      if (loop.bias().has_value()) {
+        logits.add_(rows_of(*loop.bias(), classes));
+      }
+    });
+  });
+
+  const at::Tensor present = loop.target().ge(0).logical_and(loop.target().lt(sizes.classes));
+  const at::Tensor place = at::where(present, loop.target(), at::zeros({}, loop.target().options())).unsqueeze(1);
+  const at::Tensor own = at::where(present, target_logits(loop), result.logits.gather(1, place).squeeze(1));
+  result.logits.scatter_(1, place, own.unsqueeze(1));
+  return result;
+}
+
+} // namespace torchmargin

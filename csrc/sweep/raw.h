@@ -1,0 +1,24 @@
+// Tensors as the kernels' raw descriptions.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "sweep/kernels.h"
+
+namespace torchmargin {
+
+inline RawMatrix raw_matrix(const at::Tensor& matrix) {
+  return {matrix.data_ptr(), matrix.scalar_type(), matrix.stride(0), matrix.stride(1)};
+}
+
+// A vector, or a 0-dim tensor that stands for every row.
+inline RawMatrix raw_vector(const std::optional<at::Tensor>& vector) {
+  if (!vector.has_value()) {
+    return {nullptr, at::kFloat, 0, 0};
+  }
+  return {vector->data_ptr(), vector->scalar_type(), vector->dim() == 0 ? 0 : vector->stride(0), 0};
+}
+
+} // namespace torchmargin

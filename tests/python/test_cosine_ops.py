@@ -1,0 +1,215 @@
+"""margin_cross_entropy, margin_logits and margin_transform: values, the ends at +-1, dtypes, strides, errors."""
+
+import math
+
+import pytest
+import torch
+
+import torchmargin.functional as F
+from torchmargin import reference
+
+from conftest import gradients, problem
+
+EXTENSIONS = ["none", "linear", "easy", "clip", "monotonic"]
+
+
+def test_published_values_of_paddle():
+    """paddle.nn.functional.margin_cross_entropy's documentation: s = 64, m2 = 0.5, targets 1 and 0."""
+    cosine = torch.tensor([[-0.59561850, 0.32797505, 0.80279214, 0.00144975],
+                           [-0.16265212, 0.84155098, 0.62008629, 0.79126072]])  # fmt: skip
+    loss = F.margin_cross_entropy(cosine, torch.tensor([1, 0]), scale=64.0, m2=0.5, reduction="none")
+    # Theirs are float32 results of logits near 60: 4e-6 apart at the most.
+    torch.testing.assert_close(loss, torch.tensor([61.94391901, 93.30853839]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("margin_gradient", ["exact", "straight_through"])
+def test_agrees_with_the_reference(extension, margin_gradient):
+    cosine = (2 * torch.rand(40, 2500, dtype=torch.float64) - 1).requires_grad_()
+    target = torch.randint(0, 2500, (40,))
+    target[3] = -100
+    margin = {"m2": 0.4, "m3": 0.1, "extension": extension, "margin_gradient": margin_gradient}
+    options = {"scale": 20.0, "label_smoothing": 0.1, **margin}
+    weight = torch.rand(40, dtype=torch.float64)
+    for samples in ({}, {"sample_margin_weight": weight}, {"sample_m2": 0.1 * weight, "sample_m3": 0.1 * weight}):
+        got = F.margin_cross_entropy(cosine, target, **options, **samples)
+        expected = reference.margin_cross_entropy(cosine, target, **options, **samples)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(loss, cosine)[0] for loss in (got, expected)), rtol=1e-9, atol=1e-14
+        )
+    got, expected = F.margin_transform(cosine, **margin), reference.margin_transform(cosine, **margin)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), cosine)[0] for y in (got, expected)), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("m1", [1.0, 2.0, 4.0, 1.5])
+def test_multiplied_angles_agree_with_the_reference(m1):
+    cosine = (1.998 * torch.rand(300, dtype=torch.float64) - 0.999).requires_grad_()
+    for extension in ("none", "clip", "monotonic"):
+        margin = {"m1": m1, "m2": 0.1, "extension": extension, "margin_weight": 0.7}
+        got, expected = F.margin_transform(cosine, **margin), reference.margin_transform(cosine, **margin)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        slopes = [torch.autograd.grad(y.sum(), cosine)[0] for y in (got, expected)]
+        torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-9)
+
+
+# At the ends: 1 - mu + mu e, with e = +-m1^2 cos(phi) on a cosine, m1^2 |cos(phi)| for monotonic, 1 on a fallback,
+# 0 where clip is flat.
+@pytest.mark.parametrize("beyond", [0.0, 1e-7, 0.5])
+@pytest.mark.parametrize(
+    ("margin", "at_one", "at_minus_one"),
+    [
+        ({"m3": 0.35}, 1.0, 1.0),
+        ({"m1": 3.0}, 9.0, 9.0),  # cos(3 theta) is a polynomial: 9 at both ends
+        ({"m1": 4.0, "extension": "monotonic"}, 16.0, 16.0),
+        ({"m2": 0.5}, math.cos(0.5), math.cos(0.5)),
+        ({"m2": 0.5, "extension": "linear"}, math.cos(0.5), 1.0),
+        ({"m2": 0.5, "extension": "easy"}, math.cos(0.5), 1.0),
+        ({"m2": 0.5, "extension": "clip"}, math.cos(0.5), 0.0),
+        ({"m2": 0.5, "margin_weight": 0.25}, 0.75 + 0.25 * math.cos(0.5), 0.75 + 0.25 * math.cos(0.5)),
+        ({"m2": 0.5, "margin_gradient": "straight_through"}, 1.0, 1.0),
+    ],
+)
+def test_the_ends(margin, at_one, at_minus_one, beyond):
+    cosine = torch.tensor([1.0 + beyond, -1.0 - beyond], dtype=torch.float64).requires_grad_()
+    value = F.margin_transform(cosine, **margin)
+    torch.testing.assert_close(value, reference.margin_transform(cosine.detach(), **margin))
+    (slope,) = torch.autograd.grad(value.sum(), cosine)
+    torch.testing.assert_close(slope, torch.tensor([at_one, at_minus_one], dtype=torch.float64))
+    # The loss has the same at its target.
+    matrix = torch.tensor([[1.0 + beyond, 0.1], [0.2, -1.0 - beyond]], dtype=torch.float64).requires_grad_()
+    loss = F.margin_cross_entropy(matrix, torch.tensor([0, 1]), scale=2.0, reduction="sum", **margin)
+    (grad,) = torch.autograd.grad(loss, matrix)
+    own = F.margin_transform(matrix.detach().diagonal(), **margin)
+    other = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    expected = -2.0 * torch.sigmoid(2 * (other - own)) * slope
+    torch.testing.assert_close(grad.diagonal(), expected)
+
+
+def test_true_limits():
+    """Where the limit at the ends is finite, the slope there is it."""
+    near, at = (torch.tensor([c, -c], dtype=torch.float64).requires_grad_() for c in (1 - 1e-10, 1.0))
+    for margin in ({"m1": 3.0}, {"m1": 2.0, "extension": "monotonic"}, {"m3": 0.2}):
+        slopes = [torch.autograd.grad(F.margin_transform(c, **margin).sum(), c)[0] for c in (near, at)]
+        torch.testing.assert_close(*slopes, rtol=1e-5, atol=0)
+
+
+def test_without_an_angle_it_is_the_cosine_itself():
+    cosine = 2 * torch.rand(1000, dtype=torch.float64) - 1
+    for extension in EXTENSIONS:
+        assert torch.equal(F.margin_transform(cosine, extension=extension), cosine)
+
+
+def test_nan_stays():
+    cosine = torch.tensor([[0.1, math.nan], [0.1, 0.2]])
+    loss = F.margin_cross_entropy(cosine, torch.tensor([0, 0]), m2=0.3, reduction="none")
+    assert loss.isnan().tolist() == [True, False]
+    assert F.margin_transform(cosine, m2=0.3).isnan().sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_narrow_cosines_have_float32_losses(dtype):
+    cosine = (2 * torch.rand(9, 1500) - 1).to(dtype).requires_grad_()
+    target = torch.randint(0, 1500, (9,))
+    loss = F.margin_cross_entropy(cosine, target, scale=30.0, m2=0.3, reduction="none")
+    wide = cosine.detach().double().requires_grad_()
+    expected = F.margin_cross_entropy(wide, target, scale=30.0, m2=0.3, reduction="none")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+    (grad,) = gradients(loss.sum(), cosine)
+    assert grad.dtype == dtype
+    (true,) = gradients(expected.sum(), wide)
+    # Rounded once to the dtype; the flush takes what is below exp(-50).
+    torch.testing.assert_close(grad.double(), true, rtol=1.01 * torch.finfo(dtype).eps + 5e-6, atol=1e-7)
+    assert F.margin_transform(cosine, m2=0.3).dtype == dtype
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_any_strides(layout):
+    plain = 2 * torch.rand(12, 2100, dtype=torch.float64) - 1
+    cosine = {
+        "transposed": lambda: plain.T.contiguous().T,
+        "sliced": lambda: plain.repeat_interleave(3, 1)[:, ::3],
+        "expanded": lambda: plain[:1].expand(12, -1),
+    }[layout]()
+    target = torch.randint(0, 2100, (24,))[::2]
+    assert torch.equal(
+        F.margin_cross_entropy(cosine, target, scale=9.0, m2=0.2),
+        F.margin_cross_entropy(cosine.contiguous(), target.contiguous(), scale=9.0, m2=0.2),
+    )
+    assert torch.equal(F.margin_transform(cosine, m2=0.2), F.margin_transform(cosine.contiguous(), m2=0.2))
+
+
+def test_edges_of_the_cosine_loss():
+    one = torch.full((3, 1), 0.3, dtype=torch.float64, requires_grad=True)  # C = 1: nothing to lose against
+    loss = F.margin_cross_entropy(one, torch.zeros(3, dtype=torch.long), scale=9.0, m2=0.2)
+    assert loss == 0 and (gradients(loss, one)[0] == 0).all()
+    empty = torch.empty(0, 5, requires_grad=True)
+    none = torch.empty(0, dtype=torch.long)
+    assert F.margin_cross_entropy(empty, none).isnan() and F.margin_cross_entropy(empty, none, reduction="sum") == 0
+    ignored = torch.full((2, 3), math.nan, requires_grad=True)
+    loss = F.margin_cross_entropy(ignored, torch.full((2,), 7), ignore_index=7, reduction="sum")
+    assert loss == 0 and (gradients(loss, ignored)[0] == 0).all()
+
+
+@pytest.mark.parametrize("normalize_input", [True, False])
+@pytest.mark.parametrize("normalize_weight", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_logits_agree_with_the_reference(normalize_input, normalize_weight, with_bias, workspace):
+    x, w, y, b = problem(*workspace, bias=with_bias)
+    y[:2] = torch.tensor([-1, 10**6])  # absent
+    options = {"scale": 7.0, "m2": 0.3, "m3": 0.1, "extension": "linear"}
+    options.update(normalize_input=normalize_input, normalize_weight=normalize_weight)
+    got, expected = F.margin_logits(x, w, y, b, **options), reference.margin_logits(x, w, y, b, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(got)
+    leaves = [leaf for leaf in (x, w, b) if leaf is not None]
+    for ours, true in zip(gradients(got, *leaves, upstream=upstream), gradients(expected, *leaves, upstream=upstream)):
+        torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-10)
+    plain = F.margin_logits(x, w, None, b, **options)
+    torch.testing.assert_close(plain, reference.margin_logits(x, w, None, b, **options), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_inputs_have_float32_logits(dtype):
+    x, w, y, _ = problem(dtype=dtype)
+    logits = F.margin_logits(x, w, y, scale=64.0, m2=0.3)
+    expected = F.margin_logits(x.detach().double(), w.detach().double(), y, scale=64.0, m2=0.3)
+    assert logits.dtype == torch.float32
+    # Products of unit vectors in float32: 64 times some 1e-7.
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=64 * 1e-6)
+    assert all(g.dtype == dtype for g in gradients(logits.sum(), x, w))
+
+
+COSINE, TARGET = torch.rand(4, 9), torch.zeros(4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: F.margin_cross_entropy(COSINE[0], TARGET), r"margin_cross_entropy: expected cosine to have shape"),
+        (lambda: F.margin_cross_entropy(COSINE[:, :0], TARGET), r"with C > 0, but got \[4, 0\]"),
+        (lambda: F.margin_cross_entropy(COSINE.long(), TARGET), "expected cosine to be float64, float32"),
+        (lambda: F.margin_cross_entropy(COSINE, TARGET.int()), "expected target to be int64, but got int32"),
+        (lambda: F.margin_cross_entropy(COSINE, TARGET[:2]), r"expected target to have shape \[4\], but got \[2\]"),
+        (lambda: F.margin_cross_entropy(COSINE, TARGET, m1=-1.0), "margin_cross_entropy: expected m1 > 0, but got -1"),
+        (lambda: F.margin_cross_entropy(COSINE, TARGET, reduction="max"), "expected reduction to be one of"),
+        (lambda: F.margin_cross_entropy(COSINE, TARGET, label_smoothing=1.5), r"expected label_smoothing in \[0, 1\]"),
+        (lambda: F.margin_cross_entropy(COSINE, TARGET, sample_m2=torch.zeros(3)), r"sample_m2 to have shape \[4\]"),
+        (lambda: F.margin_transform(COSINE.long()), "margin_transform: expected cosine to be float64"),
+        (lambda: F.margin_transform(COSINE, extension="soft"), "margin_transform: expected extension to be one of"),
+        (lambda: F.margin_transform(COSINE, m2=math.inf), "margin_transform: expected m2 to be finite, but got inf"),
+        (lambda: F.margin_logits(COSINE, COSINE[:, :3]), r"margin_logits: expected weight to have shape \[C, 9\]"),
+        (lambda: F.margin_logits(COSINE, COSINE, TARGET[:2]), r"expected target to have shape \[4\], but got \[2\]"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("inference", [False, True])
+def test_bad_arguments(call, text, inference):
+    with torch.inference_mode(inference), pytest.raises(RuntimeError, match=text):
+        call()
+
+
+def test_a_target_out_of_range():
+    with pytest.raises(IndexError, match=r"margin_cross_entropy: expected target values in \[0, 9\).*got 9 at row 2"):
+        F.margin_cross_entropy(COSINE, torch.tensor([0, 1, 9, 2]))
