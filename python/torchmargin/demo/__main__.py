@@ -46,7 +46,7 @@ def draw_pictures(images: Images, losses: list[str], trainer: Trainer, epochs: i
         Picture(
             "Features in the plane",
             draw_planes(planes, drawn.names, out / "features-2d.png"),
-            "2-D embeddings of held-out images, a colour for each class; a line is the direction of the class's weight. "
+            "2-D embeddings of held-out images, a colour for each class; lines are the directions of the weights. "
             "Softmax uses length and angle; a margin draws each class together around its own direction. All losses "
             f"start from directions evenly around the circle. {trained}",
         ),

@@ -11,10 +11,18 @@ from torchmargin.losses.base import CommonOptions, MarginLoss, MarginStatistics,
 __all__ = ["AdaFaceLoss", "ElasticFaceLoss", "MagFaceLoss"]
 
 
-def _lengths(embeddings: Tensor, weight: Tensor) -> Tensor:
-    """[B], in the dtype that margins of rows have."""
-    acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(embeddings, dim=1, dtype=acc)
+def _acc(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _lengths(loss: MarginLoss, embeddings: Tensor, labels: Tensor, ignored: float) -> tuple[Tensor, Tensor]:
+    """Which rows count [B], and the embeddings' lengths [B] in the dtype of margins.
+
+    An ignored row may hold anything: it is replaced before the arithmetic, so that no NaN reaches a gradient.
+    """
+    valid = labels != loss.ignore_index
+    rows = torch.where(valid[:, None], embeddings, ignored)
+    return valid, torch.linalg.vector_norm(rows, dim=1, dtype=_acc(loss.weight))
 
 
 class AdaFaceLoss(MarginLoss):
@@ -49,12 +57,21 @@ class AdaFaceLoss(MarginLoss):
 
     @torch.no_grad()
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        lengths = _lengths(embeddings, self.weight).clamp(0.001, 100.0)
-        if self.training and len(lengths) > 1:
-            self.length_mean.lerp_(lengths.mean().to(self.length_mean), self.momentum)
-            self.length_std.lerp_(lengths.std().to(self.length_std), self.momentum)
+        valid, lengths = _lengths(self, embeddings, labels, ignored=1.0)
+        lengths = lengths.clamp(0.001, 100.0)
+        if self.training:
+            self._move_statistics(valid, lengths)
         quality = ((lengths - self.length_mean) / (self.length_std + 1e-3) * self.h).clamp(-1, 1).to(lengths.dtype)
         return {"sample_m2": -self.margin * quality, "sample_m3": self.margin * (1 + quality)}
+
+    def _move_statistics(self, valid: Tensor, lengths: Tensor) -> None:
+        """Mean and unbiased deviation of the rows that count; a batch with fewer than two changes nothing."""
+        count = valid.sum()
+        mean = torch.where(valid, lengths, 0.0).sum() / count.clamp(min=1)
+        square = torch.where(valid, (lengths - mean).square(), 0.0).sum() / (count - 1).clamp(min=1)
+        weight = torch.where(count > 1, self.momentum, 0.0).to(self.length_mean)
+        self.length_mean.lerp_(mean.to(self.length_mean), weight)
+        self.length_std.lerp_(square.sqrt().to(self.length_std), weight)
 
     def describe_margin(self) -> str:
         return f"{super().describe_margin()}, margin={self.margin:g}, h={self.h:g}"
@@ -89,7 +106,8 @@ class MagFaceLoss(MarginLoss):
         self.regularizer = regularizer
 
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        lengths = _lengths(embeddings, self.weight).clamp(self.a_min, self.a_max)
+        _, lengths = _lengths(self, embeddings, labels, ignored=self.a_min)
+        lengths = lengths.clamp(self.a_min, self.a_max)
         slope = (self.m_max - self.m_min) / (self.a_max - self.a_min)
         return {"sample_m2": self.m_min + slope * (lengths - self.a_min)}
 
@@ -98,9 +116,7 @@ class MagFaceLoss(MarginLoss):
     ) -> Tensor | tuple[Tensor, MarginStatistics]:
         result = super().forward(embeddings, labels, return_statistics)
         loss, statistics = result if return_statistics else (result, None)
-        # An ignored row may hold anything: it is replaced before the arithmetic.
-        valid = labels != self.ignore_index
-        lengths = _lengths(torch.where(valid[:, None], embeddings, self.a_min), self.weight)
+        valid, lengths = _lengths(self, embeddings, labels, ignored=self.a_min)
         lengths = lengths.clamp(self.a_min, self.a_max)
         penalty = torch.where(valid, self.regularizer * (1 / lengths + lengths / self.a_max**2), 0.0)
         if self.reduction != "none":
@@ -145,8 +161,7 @@ class ElasticFaceLoss(MarginLoss):
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         if not self.training:
             return {}
-        acc = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        noise = self.deviation * torch.randn(len(labels), dtype=acc, device=labels.device)
+        noise = self.deviation * torch.randn(len(labels), dtype=_acc(self.weight), device=labels.device)
         return {"sample_m2" if self.kind == "arc" else "sample_m3": noise}
 
     def describe_margin(self) -> str:

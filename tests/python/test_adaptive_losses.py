@@ -1,0 +1,114 @@
+"""AdaFace, MagFace and ElasticFace against their papers' formulas, written out with arccos and one-hot."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as tf
+
+import torchmargin
+
+import oracle
+
+
+def _batch(rows=12, length=20.0):
+    x = torch.randn(rows, 8, dtype=torch.float64)
+    lengths = length * (0.2 + 2 * torch.rand(rows, 1, dtype=torch.float64))
+    return (tf.normalize(x) * lengths).requires_grad_(), torch.randint(0, 17, (rows,))
+
+
+def _angles(loss, x, y):
+    cosine = tf.normalize(x) @ tf.normalize(loss.weight).T
+    return cosine, cosine[torch.arange(len(y)), y].arccos()
+
+
+def _compare(value, expected, *leaves):
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+    for got, true in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(got, true, rtol=1e-7, atol=1e-9)
+
+
+def test_adaface():
+    """Paper, eq. 13 to 17; the statistics move by `momentum` in training and stay otherwise."""
+    loss = torchmargin.AdaFaceLoss(8, 17, momentum=0.2, ignore_index=3, dtype=torch.float64)
+    mean, std = 20.0, 100.0
+    for training in (True, True, False):
+        loss.train(training)
+        x, y = _batch()
+        with torch.no_grad():
+            x[y == 3] = math.nan  # ignored rows do not count for the statistics
+        every, (x, y) = (x, y), (x[y != 3], y[y != 3])
+        lengths = x.detach().norm(dim=1)
+        if training:
+            mean = 0.8 * mean + 0.2 * lengths.mean().item()
+            std = 0.8 * std + 0.2 * lengths.std().item()
+        q = ((lengths - mean) / (std + 1e-3) * 0.333).clamp(-1, 1)
+        value = loss(*every)
+        assert loss.length_mean.item() == pytest.approx(mean, rel=1e-5)
+        cosine, theta = _angles(loss, x, y)
+        target = (theta - 0.4 * q).clamp(0, math.pi).cos() - (0.4 + 0.4 * q)
+        # The buffers are float32, as the published code has them.
+        torch.testing.assert_close(value, oracle.loss_of(64 * cosine, y, 64 * target).mean(), rtol=1e-6, atol=0)
+    assert set(loss.state_dict()) == {"weight", "length_mean", "length_std"}
+    loss.train()
+    loss(*_batch(rows=1))  # one row has no deviation
+    assert loss.length_mean.item() == pytest.approx(mean, rel=1e-5)
+
+
+def test_magface():
+    """Paper, eq. 2, 3 and 4: the gradient reaches the length by the margin and by the regulariser."""
+    loss = torchmargin.MagFaceLoss(8, 17, ignore_index=5, dtype=torch.float64)
+    x, y = _batch(length=60.0)
+    y[0] = 5
+    with torch.no_grad():
+        x[0] = math.nan
+    rows = y != 5
+    a = x[rows].norm(dim=1).clamp(10, 110)
+    margin = (0.8 - 0.45) / (110 - 10) * (a - 10) + 0.45
+    cosine, theta = _angles(loss, x[rows], y[rows])
+    past = theta + margin > math.pi
+    target = torch.where(past, theta.cos() - margin * margin.sin(), (theta + margin).cos())
+    penalty = 35 * (a / 110**2 + 1 / a)
+    expected = oracle.loss_of(64 * cosine, y[rows], 64 * target) + penalty
+    _compare(loss(x, y), expected.mean(), x, loss.weight)
+    loss.reduction = "none"
+    per_row, statistics = loss(x, y, return_statistics=True)
+    torch.testing.assert_close(per_row[rows], expected)
+    assert per_row[0] == 0 and statistics.accuracy.isfinite()
+    # Lengths outside [10, 110] have no say of their own.
+    loss.reduction = "mean"
+    short = (0.01 * x.detach()[1:]).requires_grad_()
+    (grad,) = torch.autograd.grad(loss(short, y[1:]), short)
+    assert (grad * short).sum(1).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["arc", "cos"])
+def test_elasticface(kind):
+    """Paper, eq. 5 and 6: margins drawn anew for each row and step."""
+    loss = torchmargin.ElasticFaceLoss(8, 17, kind=kind, margin=0.35, deviation=0.05, dtype=torch.float64)
+    x, y = _batch()
+    torch.manual_seed(3)
+    value = loss(x, y)
+    torch.manual_seed(3)
+    margins = 0.35 + 0.05 * torch.randn(12, dtype=torch.float64)
+    cosine, theta = _angles(loss, x, y)
+    target = (theta + margins).cos() if kind == "arc" else theta.cos() - margins
+    _compare(value, oracle.loss_of(64 * cosine, y, 64 * target).mean(), x, loss.weight)
+    assert loss(x, y) != value
+    loss.eval()
+    assert torch.equal(loss(x, y), loss(x, y))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: torchmargin.AdaFaceLoss(8, 17, margin=28.0), "radians, not degrees"),
+        (lambda: torchmargin.MagFaceLoss(8, 17, a_min=9.0, a_max=8.0), "expected 0 < a_min < a_max, but got 9.0 and 8"),
+        (lambda: torchmargin.MagFaceLoss(8, 17, m_max=30.0), "m_max in radians, not degrees"),
+        (lambda: torchmargin.ElasticFaceLoss(8, 17, kind="ark"), "expected kind to be 'arc' or 'cos', but got 'ark'"),
+        (lambda: torchmargin.ElasticFaceLoss(8, 17, deviation=-1.0), "expected deviation not to be negative"),
+    ],
+)
+def test_bad_parameters(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()

@@ -1,0 +1,150 @@
+"""What training scripts do: frozen parts, accumulation, determinism, torch.compile, torch.export."""
+
+import pytest
+import torch
+from torch.profiler import profile
+
+import torchmargin
+import torchmargin.functional as F
+
+from conftest import gradients, problem
+
+ARCFACE = {"scale": 16.0, "m2": 0.3, "extension": "linear"}
+
+
+def _products(run):
+    """How many matrix products a call makes."""
+    with profile(acc_events=True) as seen:
+        run()
+    return sum(event.count for event in seen.key_averages() if event.key in ("aten::mm", "aten::addmm_"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"), [("xw", 3), ("x", 2), ("w", 2), ("", 1)], ids=["both", "input", "weight", "none"]
+)
+def test_no_product_for_a_gradient_that_nobody_asked_for(wanted, expected):
+    """One chunk and one tile: the logits, and one product for each gradient."""
+    x, w, y, _ = problem()
+    x.requires_grad_("x" in wanted)
+    w.requires_grad_("w" in wanted)
+
+    def step():
+        loss = F.linear_margin_cross_entropy(x, w, y, **ARCFACE)
+        if wanted:
+            loss.backward()
+
+    assert _products(step) == expected
+
+
+def test_frozen_embeddings_and_weights():
+    x, w, y, b = problem(bias=True)
+    full = gradients(F.linear_margin_cross_entropy(x, w, y, b, **ARCFACE), x, w, b)
+    for index in range(3):
+        leaves = [t.detach().requires_grad_(i == index) for i, t in enumerate((x, w, b))]
+        loss = F.linear_margin_cross_entropy(leaves[0], leaves[1], y, leaves[2], **ARCFACE)
+        assert torch.equal(gradients(loss, leaves[index])[0], full[index])
+
+
+def test_non_leaf_weights_and_accumulation():
+    x, w, y, _ = problem()
+    loss = lambda: F.linear_margin_cross_entropy(x, (2 * w).tanh(), y, **ARCFACE)  # noqa: E731
+    loss().backward()
+    once = w.grad.clone()
+    loss().backward()
+    assert torch.equal(w.grad, 2 * once)
+    halves = [F.linear_margin_cross_entropy(x[r], w, y[r], reduction="sum", **ARCFACE) for r in (slice(4), slice(4, 9))]
+    whole = F.linear_margin_cross_entropy(x, w, y, reduction="sum", **ARCFACE)
+    torch.testing.assert_close(gradients(sum(halves), x, w), gradients(whole, x, w))
+
+
+def test_deterministic_algorithms_change_nothing():
+    """In this mode torch also fills fresh memory with NaN: nothing is read before it is written."""
+    x, w, y, b = problem(300, 16, 3000, dtype=torch.float32, bias=True)
+    cosine = (2 * torch.rand(9, 23) - 1).requires_grad_()
+
+    def run():
+        loss = F.linear_margin_cross_entropy(x, w, y, b, label_smoothing=0.1, **ARCFACE)
+        logits = F.margin_logits(x, w, y, b, **ARCFACE)
+        of_cosine = F.margin_cross_entropy(cosine, y[:9] % 23, **ARCFACE)
+        psi = F.margin_transform(cosine, m2=0.3)
+        total = loss + logits.square().mean() + of_cosine + psi.sum()
+        return [loss, logits, of_cosine, psi, *gradients(total, x, w, b, cosine)]
+
+    plain = run()
+    torch.use_deterministic_algorithms(True)
+    try:
+        deterministic = run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(plain, deterministic):
+        assert torch.equal(one, other)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, make=torchmargin.ArcFaceLoss):
+        super().__init__()
+        self.network = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.PReLU(), torch.nn.Linear(12, 8))
+        self.loss = make(8, 17)
+
+    def forward(self, x, y):
+        return self.loss(self.network(x), y)
+
+
+@pytest.mark.parametrize("make", [torchmargin.ArcFaceLoss, torchmargin.SphereFaceLoss, torchmargin.AdaFaceLoss])
+def test_compile_a_training_step(make):
+    """fullgraph, with inductor: the same loss and gradients, and the same for another batch size."""
+    torch._dynamo.reset()
+    plain = Model(make)
+    compiled = torch.compile(Model(make), fullgraph=True, dynamic=True)
+    compiled.load_state_dict({f"_orig_mod.{key}": value for key, value in plain.state_dict().items()})
+    for rows in (12, 7):
+        x, y = torch.randn(rows, 6), torch.randint(0, 17, (rows,))
+        values = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            value = model(x, y)
+            value.backward()
+            values.append((value, [p.grad for p in model.parameters()]))
+        # inductor fuses the network's own arithmetic: float32 roundings apart.
+        torch.testing.assert_close(values[0], values[1], rtol=1e-5, atol=1e-5)
+
+
+OPS = {
+    "loss": lambda x, w, y: F.linear_margin_cross_entropy(x, w, y, **ARCFACE),
+    "lse": lambda x, w, y: F.linear_margin_lse(x, w, y, **ARCFACE)[0].sum(),
+    "logits": lambda x, w, y: F.margin_logits(x, w, y, **ARCFACE).square().sum(),
+    "cosine": lambda x, w, y: F.margin_cross_entropy((x @ w.T).tanh(), y, **ARCFACE),
+    "transform": lambda x, w, y: F.margin_transform((x @ w.T).tanh(), m2=0.3).sum(),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compile_with_dynamic_shapes(op):
+    torch._dynamo.reset()
+    compiled = torch.compile(OPS[op], fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.compiler.set_stance("default"):
+        for rows, classes in ((9, 23), (5, 40), (31, 2)):
+            x, w, y, _ = problem(rows, 6, classes)
+            got, expected = compiled(x, w, y), OPS[op](x, w, y)
+            torch.testing.assert_close(got, expected)
+            torch.testing.assert_close(gradients(got, x, w), gradients(expected, x, w))
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable", "ignore:.*treespec:FutureWarning")  # torch's own
+@pytest.mark.parametrize("aoti", [False, True])
+def test_export_save_and_load(aoti, tmp_path):
+    """torch.export's program, and AOTInductor's package, load and run with the library loaded."""
+    model = Model().eval()
+    x, y = torch.randn(12, 6), torch.randint(0, 17, (12,))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (x, y), dynamic_shapes=({0: batch}, {0: batch}))
+    path = tmp_path / "model.pt2"
+    if aoti:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        loaded = torch._inductor.aoti_load_package(str(path))
+    else:
+        torch.export.save(program, path)
+        loaded = torch.export.load(path).module()
+    for rows in (12, 5):
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x[:rows], y[:rows]), model(x[:rows], y[:rows]), rtol=1e-5, atol=1e-5)
