@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <sstream>
 #include <stdexcept>
 
 #include "sweep/chunk_plan.h"
@@ -32,7 +33,12 @@ std::string built_for_torch() {
 }
 
 std::vector<std::string> cuda_architectures() {
-  return {}; // the library has no CUDA kernels yet
+  std::vector<std::string> names;
+  std::istringstream list(TORCHMARGIN_CUDA_ARCHITECTURES); // "8.0 9.0+PTX", empty without CUDA kernels
+  for (std::string name; list >> name;) {
+    names.push_back(name);
+  }
+  return names;
 }
 
 int64_t get_workspace_limit(const std::string& device_type) {
@@ -61,14 +67,30 @@ Plan choose_plan(
   if (rows < 0 || features < 1 || classes < 1) {
     throw std::invalid_argument("torchmargin: expected B >= 0, D >= 1 and C >= 1");
   }
-  if (device_type == "cuda") {
+  const bool cpu = parse_device(device_type) == c10::DeviceType::CPU;
+  if (!cpu && cuda_architectures().empty()) {
     throw std::invalid_argument("torchmargin: this build has no CUDA kernels to plan for");
   }
   const int64_t limit = get_workspace_limit(device_type);
-  const SweepSizes sizes{rows, features, classes, dtype == "float64" ? 8 : 4, half, half, at::get_num_threads()};
+  const SweepSizes sizes{
+      rows,
+      features,
+      classes,
+      dtype == "float64" ? 8 : 4,
+      half,
+      half,
+      cpu ? at::get_num_threads() : 1,
+      cpu ? kCpuTile : kGpuTile};
   const ChunkPlan plan = choose_chunk_plan(sizes, limit);
-  return {"cpu-sweep",       plan.lanes,         plan.row_tile, plan.class_chunk,
-          plan.kept_classes, plan.scratch_bytes, limit,         plan.fits};
+  return {
+      cpu ? "cpu-sweep" : "cuda-sweep",
+      plan.lanes,
+      plan.row_tile,
+      plan.class_chunk,
+      plan.kept_classes,
+      plan.scratch_bytes,
+      limit,
+      plan.fits};
 }
 
 } // namespace torchmargin::bindings

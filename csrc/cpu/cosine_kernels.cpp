@@ -5,27 +5,12 @@
 
 #include "cpu/loops.h"
 #include "cpu/row_kernels.h"
-#include "cpu/target_row.h"
 #include "math/cosine.h"
 #include "math/online_lse.h"
+#include "sweep/target_row.h"
 
 namespace torchmargin::cpu {
 namespace {
-
-// Calls body(Scalar()) for the dtype of a caller's matrix.
-template <typename Body>
-void with_dtype(c10::ScalarType dtype, Body body) {
-  switch (dtype) {
-    case c10::ScalarType::Double:
-      return body(double());
-    case c10::ScalarType::Float:
-      return body(float());
-    case c10::ScalarType::Half:
-      return body(c10::Half());
-    default:
-      return body(c10::BFloat16());
-  }
-}
 
 template <typename Scalar>
 using Acc = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;

@@ -8,6 +8,19 @@
 
 namespace torchmargin {
 
+// The tile that a device likes best.
+struct TilePreference {
+  int64_t rows;
+  int64_t elements; // rows x classes
+  int64_t classes;
+};
+
+// On the CPU a tile of 256 x 512 float32 logits, its operands and its gradients stay in the last
+// cache levels, and the products run at the speed of the whole one (docs/design.md).
+constexpr TilePreference kCpuTile{256, 256 * 512, 4096};
+// On a GPU 24 MiB of float32 logits stay in the L2 cache between product and fused pass.
+constexpr TilePreference kGpuTile{4096, 6 << 20, 1 << 16};
+
 struct SweepSizes {
   int64_t rows; // B
   int64_t features; // D
@@ -16,6 +29,7 @@ struct SweepSizes {
   bool convert_weight; // weight chunks are copied (16-bit, or strides that a product cannot read)
   bool widen_gradients; // gradients are summed in acc before they are rounded (16-bit)
   int64_t threads; // that can sweep side by side; 1 where the device works on one chunk at a time
+  TilePreference preferred = kCpuTile;
 };
 
 struct ChunkPlan {
@@ -48,12 +62,6 @@ inline int64_t scratch_bytes(const SweepSizes& sizes, const ChunkPlan& plan) {
   return elements * sizes.acc_bytes;
 }
 
-// On the CPU a tile of 256 x 512 float32 logits, its operands and its gradients stay in
-// the last cache levels, and the products run at the speed of the whole one
-// (docs/design.md).
-constexpr int64_t kPreferredRows = 256;
-constexpr int64_t kPreferredTileElements = 256 * 512;
-constexpr int64_t kLargestChunk = 4096;
 // A lane should have a few chunks, none of them so small that its products become slow.
 constexpr int64_t kChunksPerLane = 4;
 constexpr int64_t kSmallestLaneChunk = 128;
@@ -76,15 +84,15 @@ shrink_to(ChunkPlan& plan, const SweepSizes& sizes, int64_t budget, int64_t rows
 
 inline ChunkPlan choose_chunk_plan(const SweepSizes& sizes, int64_t workspace_limit) {
   ChunkPlan largest;
-  largest.row_tile = std::clamp<int64_t>(sizes.rows, 1, kPreferredRows);
-  largest.class_chunk =
-      std::clamp<int64_t>(kPreferredTileElements / largest.row_tile, 1, std::min(sizes.classes, kLargestChunk));
+  largest.row_tile = std::clamp<int64_t>(sizes.rows, 1, sizes.preferred.rows);
+  largest.class_chunk = std::clamp<int64_t>(
+      sizes.preferred.elements / largest.row_tile, 1, std::min(sizes.classes, sizes.preferred.classes));
   // Half of the limit for the scratch leaves room for what is kept; if it must, it takes all.
   ChunkPlan plan = largest;
   plan.lanes = sizes.threads;
   plan.class_chunk = std::min(plan.class_chunk, sizes.classes / (sizes.threads * kChunksPerLane));
   const bool lanes = sizes.threads > 1 && plan.class_chunk >= kSmallestLaneChunk &&
-      shrink_to(plan, sizes, workspace_limit / 2, kPreferredRows, kSmallestLaneChunk);
+      shrink_to(plan, sizes, workspace_limit / 2, sizes.preferred.rows, kSmallestLaneChunk);
   if (!lanes) {
     plan = largest;
     if (!shrink_to(plan, sizes, workspace_limit / 2, /*rows_floor=*/16, /*classes_floor=*/8)) {

@@ -49,7 +49,8 @@ SweepSizes sweep_sizes(int64_t rows, int64_t features, int64_t classes, const at
       static_cast<int64_t>(c10::elementSize(acc)),
       /*convert_weight=*/!reads_in_place(weight),
       /*widen_gradients=*/weight.scalar_type() != acc,
-      /*threads=*/weight.is_cpu() && !at::in_parallel_region() ? at::get_num_threads() : 1};
+      /*threads=*/weight.is_cpu() && !at::in_parallel_region() ? at::get_num_threads() : 1,
+      /*preferred=*/weight.is_cpu() ? kCpuTile : kGpuTile};
 }
 
 ClassLoop::ClassLoop(const LinearProblem& problem, const SweepKernels& kernels)

@@ -11,6 +11,7 @@
 #include "ops/problem.h"
 #include "sweep/chunk_plan.h"
 #include "sweep/kernels.h"
+#include "sweep/raw.h"
 
 namespace torchmargin {
 
@@ -23,12 +24,6 @@ at::Tensor rows_of(const at::Tensor& tensor, Range rows);
 at::Tensor columns_of(const at::Tensor& matrix, Range columns);
 // The first elements of a flat workspace as a matrix.
 at::Tensor matrix_in(const at::Tensor& workspace, int64_t rows, int64_t columns);
-
-// The elements of a tensor; nullptr where there are none.
-template <typename T = void>
-T* pointer(const at::Tensor& tensor) {
-  return static_cast<T*>(tensor.defined() && tensor.numel() > 0 ? tensor.data_ptr() : nullptr);
-}
 
 class ClassLoop {
  public:

@@ -9,6 +9,12 @@
 
 namespace torchmargin {
 
+// The elements of a tensor; nullptr where there are none.
+template <typename T = void>
+T* pointer(const at::Tensor& tensor) {
+  return static_cast<T*>(tensor.defined() && tensor.numel() > 0 ? tensor.data_ptr() : nullptr);
+}
+
 inline RawMatrix raw_matrix(const at::Tensor& matrix) {
   return {matrix.data_ptr(), matrix.scalar_type(), matrix.stride(0), matrix.stride(1)};
 }

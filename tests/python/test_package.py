@@ -31,7 +31,8 @@ def test_versions_agree():
     header = (ROOT / "csrc/include/torchmargin/version.h").read_text()
     assert f'"{torchmargin.__version__}"' in header
     assert torchmargin.config.built_for_torch().split("+")[0] == torch.__version__.split("+")[0]
-    assert torchmargin.config.cuda_architectures() == ()
+    architectures = torchmargin.config.cuda_architectures()  # none in a build without nvcc
+    assert all(re.fullmatch(r"\d+\.\d+a?(\+PTX)?", name) for name in architectures)
 
 
 def test_another_library_can_be_named(tmp_path):

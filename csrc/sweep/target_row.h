@@ -1,16 +1,17 @@
 // One row and its target in float64: norms, angle, psi, and what the gradients need of
-// them. B x D work, so it is done again where it is needed and nothing is stored.
+// them. B x D work, so it is done again where it is needed and nothing is stored. Host and
+// device compilers read it; a team (math/team.h) shares one row.
 #pragma once
 
 #include <c10/util/BFloat16.h>
-#include <c10/util/Exception.h>
 #include <c10/util/Half.h>
 
 #include "math/angle.h"
+#include "math/host_device.h"
 #include "math/margin.h"
 #include "sweep/kernels.h"
 
-namespace torchmargin::cpu {
+namespace torchmargin {
 
 // Reads a caller's matrix element by element.
 template <typename Scalar>
@@ -19,18 +20,18 @@ struct Reader {
   int64_t row_stride;
   int64_t column_stride;
 
-  explicit Reader(const RawMatrix& matrix)
+  TORCHMARGIN_HOST_DEVICE explicit Reader(const RawMatrix& matrix)
       : data(static_cast<const Scalar*>(matrix.data)),
         row_stride(matrix.row_stride),
         column_stride(matrix.column_stride) {}
 
-  double operator()(int64_t row, int64_t column) const {
+  TORCHMARGIN_HOST_DEVICE double operator()(int64_t row, int64_t column) const {
     return static_cast<double>(data[row * row_stride + column * column_stride]);
   }
 };
 
 // An element of a vector of any floating dtype; `otherwise` if there is no vector.
-inline double vector_element(const RawMatrix& vector, int64_t row, double otherwise) {
+TORCHMARGIN_HOST_DEVICE inline double vector_element(const RawMatrix& vector, int64_t row, double otherwise) {
   if (vector.data == nullptr) {
     return otherwise;
   }
@@ -61,31 +62,31 @@ struct TargetRow {
   MarginValue margin;
 };
 
-template <typename Scalar>
-double squared_norm(const Reader<Scalar>& matrix, int64_t row, int64_t size) {
+template <typename Scalar, typename Team>
+TORCHMARGIN_HOST_DEVICE double squared_norm(const Reader<Scalar>& matrix, int64_t row, int64_t size, const Team& team) {
   double sum = 0.0;
-  for (int64_t k = 0; k < size; ++k) {
+  for (int64_t k = team.rank; k < size; k += team.size) {
     const double value = matrix(row, k);
     sum += value * value;
   }
-  return sum;
+  return team.sum(sum);
 }
 
-template <typename Scalar>
-TargetRow evaluate_target(const TargetContext& context, int64_t row) {
+template <typename Scalar, typename Team>
+TORCHMARGIN_HOST_DEVICE TargetRow evaluate_target(const TargetContext& context, int64_t row, const Team& team) {
   const Reader<Scalar> x(context.input);
   const Reader<Scalar> w(context.weight);
   TargetRow result{};
   result.target = context.target[row];
   result.present = result.target >= 0 && result.target < context.classes;
-  const double x_squared = squared_norm(x, row, context.features);
+  const double x_squared = squared_norm(x, row, context.features, team);
   result.inverse_x = inverse_norm(x_squared);
   result.a = context.normalize_input ? result.inverse_x : 1.0;
   result.alpha = context.normalize_input ? 1.0 : std::sqrt(x_squared);
   if (!result.present) {
     return result;
   }
-  const double w_squared = squared_norm(w, result.target, context.features);
+  const double w_squared = squared_norm(w, result.target, context.features, team);
   result.inverse_w = inverse_norm(w_squared);
   result.b = context.normalize_weight ? result.inverse_w : 1.0;
   result.beta = context.normalize_weight ? 1.0 : std::sqrt(w_squared);
@@ -94,12 +95,14 @@ TargetRow evaluate_target(const TargetContext& context, int64_t row) {
   } else {
     double delta = 0.0;
     double sigma = 0.0;
-    for (int64_t k = 0; k < context.features; ++k) {
+    for (int64_t k = team.rank; k < context.features; k += team.size) {
       const double unit_x = result.inverse_x * x(row, k);
       const double unit_w = result.inverse_w * w(result.target, k);
       delta += (unit_x - unit_w) * (unit_x - unit_w);
       sigma += (unit_x + unit_w) * (unit_x + unit_w);
     }
+    delta = team.sum(delta);
+    sigma = team.sum(sigma);
     result.angle = angle_between(delta, sigma);
   }
   const MarginParameters& margin = context.margin;
@@ -110,4 +113,4 @@ TargetRow evaluate_target(const TargetContext& context, int64_t row) {
   return result;
 }
 
-} // namespace torchmargin::cpu
+} // namespace torchmargin

@@ -1,0 +1,134 @@
+// The bodies of the seam's kernels; see range_kernels.h.
+#include "cpu/range_kernels.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "cpu/loops.h"
+#include "cpu/row_kernels.h"
+#include "math/online_lse.h"
+#include "math/team.h"
+#include "sweep/row_bodies.h"
+
+namespace torchmargin::cpu {
+namespace {
+
+template <typename T>
+LogitMap<T> logit_map(const LogitsTile& tile, int64_t first) {
+  const T* const norms = static_cast<const T*>(tile.inverse_norms);
+  const T* const bias = static_cast<const T*>(tile.bias);
+  return {
+      static_cast<T>(tile.scale), norms != nullptr ? norms + first : nullptr, bias != nullptr ? bias + first : nullptr};
+}
+
+// The target's column within the tile; class_count if it is not there.
+int64_t target_column(const LogitsTile& tile, int64_t row) {
+  const int64_t column = tile.target[row] - tile.first_class;
+  return column >= 0 && column < tile.class_count ? column : tile.class_count;
+}
+
+} // namespace
+
+void load_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
+  with_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    const RowKernels<T>& kernels = row_kernels<T>();
+    T* const rows = static_cast<T*>(args.rows);
+    T* const inverse_norms = static_cast<T*>(args.inverse_norms);
+    const double operand_scale = args.operand_scale != nullptr ? *args.operand_scale : 1.0;
+    for (int64_t i = begin; i < end; ++i) {
+      T* const row = rows + i * args.row_stride;
+      double factor = args.normalize ? inverse_norm(kernels.squared_norm(row, args.features)) : 1.0;
+      if (inverse_norms != nullptr) {
+        inverse_norms[i] = static_cast<T>(factor);
+      }
+      if (!args.scale_in_place) {
+        continue;
+      }
+      const double given = args.row_factor != nullptr ? args.row_factor[i] * operand_scale : 1.0;
+      // NB: a row without a gradient is 0 even if it holds NaN; one with next to none
+      // would make the products denormal, and those are slow.
+      if (given == 0.0 || (args.operand_scale != nullptr && std::fabs(given) < 0x1p-90)) {
+        std::fill(row, row + args.features, T(0));
+      } else if (factor * given != 1.0) {
+        kernels.scale_row(row, args.features, factor * given);
+      }
+    }
+  });
+}
+
+// Threads share out the features: the order of the sum stays that of the rows.
+void sum_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
+  with_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    const T* const rows = static_cast<const T*>(args.rows);
+    const T* const weights =
+        args.scale_in_place || !args.normalize ? nullptr : static_cast<const T*>(args.inverse_norms);
+    for (int64_t i = 0; i < args.row_count; ++i) {
+      const double factor = weights != nullptr ? static_cast<double>(weights[i]) : 1.0;
+      row_kernels<T>().add_row(args.sum + begin, rows + i * args.row_stride + begin, end - begin, factor);
+    }
+  });
+}
+
+void accumulate_range(const AccumulateChunkArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
+  with_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    const LogitsTile& tile = args.tile;
+    const RowKernels<T>& kernels = row_kernels<T>();
+    for (int64_t i = begin; i < end; ++i) {
+      const T* const dots = static_cast<const T*>(tile.logits) + i * tile.row_stride;
+      OnlineLse total{args.shift[i], args.sum[i]};
+      double maximum = args.maximum[i];
+      const auto add = [&](int64_t first, int64_t last) {
+        for (; first < last; first += kBlock) {
+          const BlockSum block =
+              kernels.sum_block(dots + first, std::min(kBlock, last - first), logit_map<T>(tile, first), args.bounded);
+          total.combine({block.shift, block.sum});
+          maximum = std::max(maximum, block.maximum);
+        }
+      };
+      const int64_t column = target_column(tile, i);
+      add(0, column);
+      add(column + 1, tile.class_count);
+      args.shift[i] = total.shift;
+      args.sum[i] = total.sum;
+      args.maximum[i] = maximum;
+    }
+  });
+}
+
+void softmax_range(const SoftmaxChunkArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
+  with_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    const LogitsTile& tile = args.tile;
+    const RowKernels<T>& kernels = row_kernels<T>();
+    for (int64_t i = begin; i < end; ++i) {
+      T* const out = static_cast<T*>(args.out) + i * tile.class_count;
+      if (args.upstream[i] == 0.0) {
+        std::fill(out, out + tile.class_count, T(0));
+        continue;
+      }
+      kernels.softmax_row(
+          static_cast<const T*>(tile.logits) + i * tile.row_stride, out, tile.class_count, logit_map<T>(tile, 0),
+          static_cast<const T*>(args.other_lse)[i], args.times_inverse_norms && tile.inverse_norms != nullptr);
+      const int64_t column = target_column(tile, i);
+      if (column < tile.class_count) {
+        out[column] = T(0);
+      }
+    }
+  });
+}
+
+void target_pass_range(const TargetPassArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
+  with_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    with_dtype(args.context.input.dtype, [&](auto scalar) {
+      for (int64_t i = begin; i < end; ++i) {
+        target_pass_row<decltype(scalar), T>(args, i, Alone());
+      }
+    });
+  });
+}
+
+} // namespace torchmargin::cpu

@@ -1,0 +1,29 @@
+// From a dtype to a type, for kernel bodies and launchers: no ATen.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+namespace torchmargin {
+
+// Calls body(T()) with T = double or float.
+template <typename Body>
+void with_acc(c10::ScalarType acc, Body body) {
+  acc == c10::ScalarType::Double ? body(double()) : body(float());
+}
+
+// Calls body(Scalar()) for the dtype of a caller's tensor.
+template <typename Body>
+void with_dtype(c10::ScalarType dtype, Body body) {
+  switch (dtype) {
+    case c10::ScalarType::Double:
+      return body(double());
+    case c10::ScalarType::Float:
+      return body(float());
+    case c10::ScalarType::Half:
+      return body(c10::Half());
+    default:
+      return body(c10::BFloat16());
+  }
+}
+
+} // namespace torchmargin

@@ -1,0 +1,217 @@
+// The bodies of the float64 kernels of the seam, one row (or class) at a time, for one thread
+// on a CPU and for a team of threads on a GPU: the end of the forward pass, and what turns
+// products into gradients. The formulas are those of docs/design.md.
+#pragma once
+
+#include <limits>
+
+#include "math/host_device.h"
+#include "math/online_lse.h"
+#include "sweep/kernels.h"
+#include "sweep/target_row.h"
+
+namespace torchmargin {
+
+TORCHMARGIN_HOST_DEVICE inline double upstream_or_zero(const double* upstream, int64_t row) {
+  return upstream != nullptr ? upstream[row] : 0.0;
+}
+
+template <typename Scalar, typename T, typename Team>
+TORCHMARGIN_HOST_DEVICE void target_pass_row(const TargetPassArgs& args, int64_t i, const Team& team) {
+  const TargetContext& context = args.context;
+  const Reader<Scalar> x(context.input);
+  const Reader<Scalar> w(context.weight);
+  const TargetRow row = evaluate_target<Scalar>(context, i, team);
+  const double bias = row.present ? vector_element(context.bias, row.target, 0.0) : 0.0;
+  const double target_logit = row.present ? context.margin.scale * row.alpha * row.beta * row.margin.psi + bias : 0.0;
+  double logit_sum = 0.0;
+  if (args.weight_sum != nullptr) {
+    for (int64_t k = team.rank; k < context.features; k += team.size) {
+      const double others = args.weight_sum[k] - (row.present ? row.b * w(row.target, k) : 0.0);
+      logit_sum += row.a * x(i, k) * others;
+    }
+    logit_sum = context.margin.scale * team.sum(logit_sum) + (args.bias_sum != nullptr ? *args.bias_sum - bias : 0.0) +
+        target_logit;
+  }
+  OnlineLse total;
+  double maximum = -std::numeric_limits<double>::infinity();
+  for (int64_t partial = i; partial < args.lanes * args.rows; partial += args.rows) {
+    total.combine({args.shift[partial], args.sum[partial]});
+    maximum = args.maximum[partial] > maximum ? args.maximum[partial] : maximum;
+  }
+  if (team.rank != 0) {
+    return;
+  }
+  const double other_lse = total.project();
+  static_cast<T*>(args.other_lse)[i] = static_cast<T>(other_lse);
+  static_cast<T*>(args.target_logit)[i] = static_cast<T>(target_logit);
+  static_cast<T*>(args.logit_sum)[i] = static_cast<T>(logit_sum);
+  static_cast<T*>(args.target_angle)[i] = static_cast<T>(row.present ? row.angle.theta : 0.0);
+  // The maximum passed NaN over; the sum did not.
+  static_cast<T*>(args.max_other_logit)[i] = static_cast<T>(std::isnan(other_lse) ? other_lse : maximum);
+}
+
+// V of row i to grad_input, and the gradients of its margins.
+template <typename Scalar, typename T, typename Team>
+TORCHMARGIN_HOST_DEVICE void finish_row(const FinishRowsArgs& args, int64_t i, const Team& team) {
+  const TargetContext& context = args.context;
+  const int64_t features = context.features;
+  T* const products = args.products != nullptr ? static_cast<T*>(args.products) + i * features : nullptr;
+  const double g_o = args.upstream.other_lse[i];
+  const double g_t = args.upstream.target_logit[i];
+  const double g_z = upstream_or_zero(args.upstream.logit_sum, i);
+  const bool nothing = g_o == 0.0 && g_t == 0.0 && g_z == 0.0; // even if the row holds NaN
+  TargetRow row{};
+  if (!nothing) {
+    row = evaluate_target<Scalar>(context, i, team);
+  }
+  const double margin_factor = g_t == 0.0 ? 0.0 : g_t * context.margin.scale * row.alpha * row.beta;
+  if (args.grad_m2 != nullptr && team.rank == 0) {
+    args.grad_m2[i] = margin_factor == 0.0 ? 0.0 : margin_factor * row.margin.dm2;
+  }
+  if (args.grad_m3 != nullptr && team.rank == 0) {
+    args.grad_m3[i] = margin_factor == 0.0 ? 0.0 : -margin_factor * row.mu;
+  }
+  if (products == nullptr) {
+    return;
+  }
+  if (nothing) {
+    for (int64_t k = team.rank; k < features; k += team.size) {
+      products[k] = T(0);
+    }
+    return;
+  }
+  const Reader<Scalar> x(context.input);
+  const Reader<Scalar> w(context.weight);
+  const auto others = [&](int64_t k) {
+    double value = g_o == 0.0 ? 0.0 : g_o * static_cast<double>(products[k]);
+    if (g_z != 0.0) {
+      value += g_z * (args.weight_sum[k] - (row.present ? row.b * w(row.target, k) : 0.0));
+    }
+    return value;
+  };
+  double along = 0.0;
+  if (context.normalize_input) {
+    for (int64_t k = team.rank; k < features; k += team.size) {
+      along += others(k) * row.inverse_x * x(i, k);
+    }
+    along = team.sum(along);
+  }
+  const double outer = context.margin.scale * (context.normalize_input ? row.inverse_x : 1.0);
+  const double target_factor = row.present && g_t != 0.0 ? g_t * row.beta : 0.0;
+  const double radial = context.normalize_input ? 0.0 : row.margin.psi;
+  for (int64_t k = team.rank; k < features; k += team.size) {
+    const double unit_x = row.inverse_x * x(i, k);
+    double value = others(k) - along * unit_x;
+    if (target_factor != 0.0) {
+      const double tangent = row.angle.tangent(unit_x, row.inverse_w * w(row.target, k));
+      value += target_factor * (radial * unit_x - row.margin.dtheta * tangent);
+    }
+    products[k] = static_cast<T>(outer * value);
+  }
+}
+
+// The rows that have a class as their target, in rising order.
+struct RowsOfClass {
+  const int64_t* begin;
+  const int64_t* end;
+};
+
+template <typename T>
+TORCHMARGIN_HOST_DEVICE void finish_bias(const FinishClassesArgs& args, int64_t local, RowsOfClass rows) {
+  T& bias = static_cast<T*>(args.bias_products)[local];
+  double gradient = static_cast<double>(bias) / *args.operand_scale;
+  if (args.logit_sum_total != nullptr) {
+    gradient += *args.logit_sum_total;
+  }
+  for (const int64_t* i = rows.begin; i != rows.end; ++i) {
+    gradient += args.upstream.target_logit[*i] - upstream_or_zero(args.upstream.logit_sum, *i);
+  }
+  bias = static_cast<T>(gradient);
+}
+
+// The products of class `local` of the chunk to its row of grad_weight. `scratch` holds `slice`
+// features at a time; a member of the team touches only its own.
+template <typename Scalar, typename T, typename Team>
+TORCHMARGIN_HOST_DEVICE void finish_class(
+    const FinishClassesArgs& args,
+    int64_t local,
+    RowsOfClass rows,
+    double* scratch,
+    int64_t slice,
+    const Team& team) {
+  const TargetContext& context = args.context;
+  const Reader<Scalar> x(context.input);
+  const int64_t features = context.features;
+  const T* const products = static_cast<const T*>(args.products) + local * features;
+  T* const out = static_cast<T*>(args.grad_weight) + local * features;
+  const T* const w = static_cast<const T*>(args.weight) + local * args.weight_row_stride;
+  const double unscale = 1.0 / *args.operand_scale;
+
+  double w_squared = 0.0;
+  for (int64_t k = team.rank; k < features; k += team.size) {
+    w_squared += static_cast<double>(w[k]) * static_cast<double>(w[k]);
+  }
+  const double inverse_w = inverse_norm(team.sum(w_squared));
+  const double b = context.normalize_weight ? inverse_w : 1.0;
+  const auto unit_w = [&](int64_t k) { return inverse_w * static_cast<double>(w[k]); };
+
+  // U_j of a slice into the scratch: products, and what smoothing adds without the class's own rows.
+  const auto fill = [&](int64_t first, int64_t last) {
+    for (int64_t k = first + team.rank; k < last; k += team.size) {
+      const double smoothing = args.input_sum != nullptr ? context.margin.scale * b * args.input_sum[k] : 0.0;
+      scratch[k - first] = static_cast<double>(products[k]) * unscale + smoothing;
+    }
+    for (const int64_t* i = rows.begin; i != rows.end; ++i) {
+      const double g_z = upstream_or_zero(args.upstream.logit_sum, *i);
+      if (g_z == 0.0) {
+        continue;
+      }
+      const double a = context.normalize_input ? inverse_norm(squared_norm(x, *i, features, team)) : 1.0;
+      const double factor = context.margin.scale * b * g_z * a;
+      for (int64_t k = first + team.rank; k < last; k += team.size) {
+        scratch[k - first] -= factor * x(*i, k);
+      }
+    }
+  };
+
+  double along = 0.0;
+  if (context.normalize_weight) {
+    for (int64_t first = 0; first < features; first += slice) {
+      const int64_t last = first + slice < features ? first + slice : features;
+      fill(first, last);
+      for (int64_t k = first + team.rank; k < last; k += team.size) {
+        along += scratch[k - first] * unit_w(k);
+      }
+    }
+    along = team.sum(along);
+  }
+  const bool filled = context.normalize_weight && features <= slice;
+  for (int64_t first = 0; first < features; first += slice) {
+    const int64_t last = first + slice < features ? first + slice : features;
+    if (!filled) {
+      fill(first, last);
+    }
+    for (int64_t k = first + team.rank; context.normalize_weight && k < last; k += team.size) {
+      scratch[k - first] -= along * unit_w(k);
+    }
+    for (const int64_t* i = rows.begin; i != rows.end; ++i) {
+      const double upstream = args.upstream.target_logit[*i];
+      if (upstream == 0.0) {
+        continue;
+      }
+      const TargetRow target = evaluate_target<Scalar>(context, *i, team);
+      const double factor = context.margin.scale * upstream * target.alpha * b;
+      const double radial = context.normalize_weight ? 0.0 : target.margin.psi;
+      for (int64_t k = first + team.rank; k < last; k += team.size) {
+        const double tangent = target.angle.tangent(unit_w(k), target.inverse_x * x(*i, k));
+        scratch[k - first] += factor * (radial * unit_w(k) - target.margin.dtheta * tangent);
+      }
+    }
+    for (int64_t k = first + team.rank; k < last; k += team.size) {
+      out[k] = static_cast<T>(scratch[k - first]);
+    }
+  }
+}
+
+} // namespace torchmargin

@@ -1,0 +1,85 @@
+// psi as a function of the cosine against long double, and its derivative against differences.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "math/cosine.h"
+
+namespace {
+
+using namespace torchmargin;
+
+constexpr double kPi = 3.14159265358979323846;
+const std::vector<Extension> kExtensions{
+    Extension::none, Extension::linear, Extension::easy, Extension::clip, Extension::monotonic};
+
+MarginParameters margin(Extension extension, double m1) {
+  MarginParameters parameters;
+  parameters.m1 = m1;
+  parameters.extension = extension;
+  return parameters;
+}
+
+TEST(Cosine, AngleHasAllItsDigits) {
+  for (const double cosine : {-1.0, -0.999999999, -0.3, 0.0, 0.7, 0.999999999999, 1.0}) {
+    const Angle angle = angle_of_cosine(cosine);
+    const long double theta = std::acos(static_cast<long double>(cosine));
+    EXPECT_NEAR(angle.theta, static_cast<double>(theta), 4e-16 * kPi) << cosine;
+    EXPECT_NEAR(angle.sine, static_cast<double>(std::sin(theta)), 1e-15) << cosine;
+  }
+}
+
+TEST(Cosine, PastTheEndsCountsAsTheEnds) {
+  for (const Extension extension : kExtensions) {
+    for (const double end : {1.0, -1.0}) {
+      const auto at = apply_margin_to_cosine(margin(extension, 1.0), end, 0.4, 0.1, 0.8);
+      const auto past = apply_margin_to_cosine(margin(extension, 1.0), 1.01 * end, 0.4, 0.1, 0.8);
+      EXPECT_EQ(at.psi, past.psi);
+      EXPECT_EQ(at.dcosine, past.dcosine);
+      EXPECT_TRUE(std::isfinite(at.dcosine));
+    }
+  }
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_TRUE(std::isnan(apply_margin_to_cosine(margin(Extension::none, 1.0), nan, 0.4, 0.1, 1.0).psi));
+}
+
+TEST(Cosine, DerivativesAreThoseOfTheValue) {
+  const double h = 1e-6;
+  for (const Extension extension : kExtensions) {
+    for (const double m1 : {1.0, 2.5}) {
+      if (m1 != 1.0 && (extension == Extension::linear || extension == Extension::easy)) {
+        continue;
+      }
+      const MarginParameters parameters = margin(extension, m1);
+      const auto value = [&](double c, double m2) { return apply_margin_to_cosine(parameters, c, m2, 0.1, 0.7).psi; };
+      for (double cosine = -0.985; cosine < 0.99; cosine += 0.0517) {
+        const auto at = apply_margin_to_cosine(parameters, cosine, 0.3, 0.1, 0.7);
+        const double slope = (value(cosine + h, 0.3) - value(cosine - h, 0.3)) / (2 * h);
+        const double slope_m2 = (value(cosine, 0.3 + h) - value(cosine, 0.3 - h)) / (2 * h);
+        if (std::fabs(slope) < 100) { // not across a jump
+          EXPECT_NEAR(at.dcosine, slope, 1e-6 * (1 + std::fabs(slope))) << int(extension) << " " << cosine;
+        }
+        if (std::fabs(slope_m2) < 100) {
+          EXPECT_NEAR(at.dm2, slope_m2, 1e-6) << int(extension) << " " << cosine;
+        }
+      }
+    }
+  }
+}
+
+TEST(Cosine, TheSlopeAtTheEndsIsTheLimit) {
+  for (const double m1 : {1.0, 2.0, 3.0}) {
+    for (const Extension extension : {Extension::none, Extension::monotonic}) {
+      const MarginParameters parameters = margin(extension, m1);
+      for (const double end : {1.0, -1.0}) {
+        const double near = apply_margin_to_cosine(parameters, end * (1 - 1e-12), 0.0, 0.2, 1.0).dcosine;
+        const double at = apply_margin_to_cosine(parameters, end, 0.0, 0.2, 1.0).dcosine;
+        EXPECT_NEAR(at, near, 1e-4) << m1 << " " << int(extension) << " " << end;
+      }
+    }
+  }
+}
+
+} // namespace
