@@ -1,0 +1,42 @@
+// Adds a tile of logits to each row's running log-sum-exp and maximum: a block a row.
+#include "kernels/launch.h"
+#include "kernels/row_lse.cuh"
+#include "kernels/tile.cuh"
+#include "sweep/dispatch.h"
+
+namespace torchmargin::device {
+namespace {
+
+template <typename T>
+__global__ void accumulate_chunk_kernel(AccumulateChunkArgs args) {
+  TORCHMARGIN_SHARED(double, partial, kWarps);
+  const BlockTeam team{static_cast<int>(threadIdx.x), partial};
+  const int64_t i = blockIdx.x;
+  const LogitsTile& tile = args.tile;
+  const TileRow<T> row(tile, i);
+  const RowLse added = row_lse<T>(row, tile.class_count, row.own_column, args.bounded, team);
+  if (team.rank == 0) {
+    OnlineLse total;
+    total.shift = args.shift[i];
+    total.sum = args.sum[i];
+    total.combine(added.lse);
+    args.shift[i] = total.shift;
+    args.sum[i] = total.sum;
+    args.maximum[i] = added.maximum > args.maximum[i] ? added.maximum : args.maximum[i];
+  }
+}
+
+} // namespace
+
+void launch_accumulate_chunk(const AccumulateChunkArgs& args, c10::ScalarType acc, cudaStream_t stream) {
+  if (args.tile.row_count == 0) {
+    return;
+  }
+  with_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    TORCHMARGIN_LAUNCH(
+        accumulate_chunk_kernel<T>, static_cast<unsigned>(args.tile.row_count), kThreads, stream, args);
+  });
+}
+
+} // namespace torchmargin::device

@@ -1,0 +1,27 @@
+// The seam's kernels and the elementwise ops on a CUDA stream: raw pointers to device memory,
+// no ATen, no synchronisation, no allocation. Each launcher enqueues and returns.
+#pragma once
+
+#include "sweep/cosine_kernels.h"
+#include "sweep/kernels.h"
+
+#if defined(TORCHMARGIN_DEVICE_ON_HOST)
+#include "device_on_host.h"
+#else
+#include <driver_types.h>
+#endif
+
+namespace torchmargin::device {
+
+void launch_load_rows(const LoadRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_accumulate_chunk(const AccumulateChunkArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_target_pass(const TargetPassArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_finish_classes(const FinishClassesArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_finish_rows(const FinishRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);
+
+void launch_cosine_forward(const CosineForwardArgs& args, int64_t rows, cudaStream_t stream);
+void launch_cosine_backward(const CosineBackwardArgs& args, int64_t rows, cudaStream_t stream);
+void launch_transform(const TransformArgs& args, int64_t count, cudaStream_t stream);
+
+} // namespace torchmargin::device

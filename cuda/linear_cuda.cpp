@@ -1,0 +1,93 @@
+// The private linear ops on CUDA: the gate, the check of the targets' values, the sweep with this
+// device's kernels on the current stream.
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "kernels/launch.h"
+#include "ops/problem.h"
+#include "sweep/class_sweep.h"
+#include "target_values.h"
+
+namespace torchmargin::cuda {
+namespace {
+
+// Enqueues a kernel on the current stream and checks the launch.
+template <typename Args>
+void enqueue(void (*launch)(const Args&, c10::ScalarType, cudaStream_t), const Args& args, c10::ScalarType acc) {
+  launch(args, acc, c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void load_rows(const LoadRowsArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_load_rows, args, acc);
+}
+void accumulate_chunk(const AccumulateChunkArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_accumulate_chunk, args, acc);
+}
+void softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_softmax_chunk, args, acc);
+}
+void target_pass(const TargetPassArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_target_pass, args, acc);
+}
+void finish_classes(const FinishClassesArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_finish_classes, args, acc);
+}
+void finish_rows(const FinishRowsArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_finish_rows, args, acc);
+}
+void run_lanes(int64_t lanes, const std::function<void(int64_t)>& body) {
+  for (int64_t lane = 0; lane < lanes; ++lane) { // the plan makes one: a stream is one queue
+    body(lane);
+  }
+}
+void prepare_buffer(void* /*data*/, int64_t /*bytes*/) {}
+
+constexpr SweepKernels kKernels{load_rows,      accumulate_chunk, softmax_chunk, target_pass,
+                                finish_classes, finish_rows,      run_lanes,     prepare_buffer};
+
+ForwardTuple linear_margin_forward_cuda(
+    TORCHMARGIN_LINEAR_PARAMETERS,
+    std::optional<int64_t> ignore_index,
+    bool with_logit_sum,
+    int64_t kept_classes) {
+  const LinearProblem problem = make_linear_problem("_linear_margin_forward", TORCHMARGIN_LINEAR_ARGUMENTS);
+  const c10::cuda::CUDAGuard guard(input.device());
+  if (ignore_index.has_value()) {
+    assert_target_values(target, weight.size(0), *ignore_index);
+  }
+  return to_tuple(sweep_forward(problem, {ignore_index, with_logit_sum, kept_classes}, kKernels));
+}
+
+BackwardTuple linear_margin_backward_cuda(TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS) {
+  const LinearProblem problem = make_linear_problem("_linear_margin_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
+  const c10::cuda::CUDAGuard guard(input.device());
+  return to_tuple(sweep_backward(
+      problem, {grad_other_lse, grad_target_logit, grad_logit_sum, other_lse, kept, inverse_norms, weight_sum, wanted},
+      kKernels));
+}
+
+std::tuple<at::Tensor, at::Tensor> margin_logits_forward_cuda(TORCHMARGIN_LINEAR_PARAMETERS) {
+  const LinearProblem problem = make_linear_problem("_margin_logits_forward", TORCHMARGIN_LINEAR_ARGUMENTS);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const LogitsResult result = sweep_logits(problem, kKernels);
+  return {result.logits, result.inverse_norms};
+}
+
+BackwardTuple margin_logits_backward_cuda(TORCHMARGIN_LOGITS_BACKWARD_PARAMETERS) {
+  const LinearProblem problem = make_linear_problem("_margin_logits_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
+  const c10::cuda::CUDAGuard guard(input.device());
+  return to_tuple(sweep_logits_backward(problem, {grad_logits, inverse_norms, wanted}, kKernels));
+}
+
+TORCH_LIBRARY_IMPL(torchmargin, CUDA, library) {
+  library.impl("_linear_margin_forward", linear_margin_forward_cuda);
+  library.impl("_linear_margin_backward", linear_margin_backward_cuda);
+  library.impl("_margin_logits_forward", margin_logits_forward_cuda);
+  library.impl("_margin_logits_backward", margin_logits_backward_cuda);
+}
+
+} // namespace
+} // namespace torchmargin::cuda
