@@ -75,7 +75,7 @@ ARROWS = {
     "csrc/cpu": {"torchmargin", "math", "ops", "sweep", "cpu"},
     "csrc/api": {"torchmargin", "ops"},
     "csrc/bindings": {"torchmargin", "sweep", "bindings"},
-    "cuda": {"torchmargin", "math", "ops", "sweep", "kernels"},
+    "cuda": {"torchmargin", "math", "ops", "sweep", "kernels", "target_values.h", "device_on_host.h"},
 }
 
 

@@ -1,23 +1,23 @@
 // The CPU kernels called by std::thread on ranges, with no ATen in the binary, so that
 // ThreadSanitizer sees every access (make test-tsan). Four threads must give one thread's bits.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <functional>
 #include <numeric>
-#include <random>
 #include <thread>
 #include <vector>
 
 #include "cpu/cosine_kernels.h"
 #include "cpu/range_kernels.h"
+#include "kernel_problem.h"
 
 namespace {
 
 using namespace torchmargin;
 using namespace torchmargin::cpu;
+using torchmargin::testing::random_values;
+using Problem = torchmargin::testing::KernelProblem<float, float>;
 
 constexpr int64_t kRows = 13;
 constexpr int64_t kFeatures = 37;
@@ -36,63 +36,6 @@ void run(const Range& range, int64_t size, int64_t threads) {
   }
 }
 
-template <typename T>
-std::vector<T> random_values(int64_t size, unsigned seed, float deviation = 1.0f) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal(0.0f, deviation);
-  std::vector<T> values(size);
-  std::generate(values.begin(), values.end(), [&] { return static_cast<T>(normal(generator)); });
-  return values;
-}
-
-// Everything that the kernels of one problem read.
-struct Problem {
-  std::vector<float> input = random_values<float>(kRows * kFeatures, 1);
-  std::vector<float> weight = random_values<float>(kClasses * kFeatures, 2);
-  std::vector<float> logits = random_values<float>(kRows * kClasses, 3, 0.1f);
-  std::vector<float> inverse_norms = std::vector<float>(kClasses, 0.16f);
-  std::vector<float> other_lse = std::vector<float>(kRows, 9.0f);
-  std::vector<double> upstream = random_values<double>(kRows, 4);
-  std::vector<double> weight_sum = random_values<double>(kFeatures, 5);
-  std::vector<int64_t> target = std::vector<int64_t>(kRows);
-  std::vector<int64_t> order = std::vector<int64_t>(kRows);
-  std::vector<int64_t> sorted_target;
-
-  Problem() {
-    for (int64_t i = 0; i < kRows; ++i) {
-      target[i] = i == 3 ? -1 : (i * 7) % kClasses / 2;
-    }
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return target[a] < target[b]; });
-    for (const int64_t row : order) {
-      sorted_target.push_back(target[row]);
-    }
-  }
-
-  TargetContext context() const {
-    MarginParameters margin;
-    margin.scale = 16.0;
-    margin.m2 = 0.4;
-    const RawMatrix none{nullptr, kAcc, 0, 0};
-    return {
-        {input.data(), kAcc, kFeatures, 1},
-        {weight.data(), kAcc, kFeatures, 1},
-        target.data(),
-        kFeatures,
-        kClasses,
-        margin,
-        true,
-        true,
-        none,
-        none,
-        none,
-        none};
-  }
-  LogitsTile tile() const {
-    return {logits.data(), kClasses, kRows, kClasses, 0, target.data(), 16.0, inverse_norms.data(), nullptr};
-  }
-};
-
 // Runs `kernel` with one thread and with four, on results that `kernel` allocates, and compares.
 template <typename Kernel>
 void expect_equal_bits(Kernel kernel) {
@@ -101,20 +44,20 @@ void expect_equal_bits(Kernel kernel) {
 
 TEST(Threads, LoadRowsAndTheirSum) {
   expect_equal_bits([](int64_t threads) {
-    Problem p;
+    Problem p(kRows, kFeatures, kClasses);
     std::vector<float> norms(kRows);
     std::vector<double> sum(kFeatures);
-    const LoadRowsArgs args{p.input.data(), kFeatures,         kRows,   kFeatures,    true,
-                            true,           p.upstream.data(), nullptr, norms.data(), sum.data()};
+    const LoadRowsArgs args{p.wide_input.data(), kFeatures, kRows,        kFeatures, true, true,
+                            p.upstream.data(),   nullptr,   norms.data(), sum.data()};
     run([&](int64_t b, int64_t e) { load_rows_range(args, kAcc, b, e); }, kRows, threads);
     run([&](int64_t b, int64_t e) { sum_rows_range(args, kAcc, b, e); }, kFeatures, threads);
-    return std::tuple(p.input, norms, sum);
+    return std::tuple(p.wide_input, norms, sum);
   });
 }
 
 TEST(Threads, AccumulateAndSoftmax) {
   expect_equal_bits([](int64_t threads) {
-    const Problem p;
+    const Problem p(kRows, kFeatures, kClasses);
     std::vector<double> shift(kRows, -INFINITY), sum(kRows), maximum(kRows, -INFINITY);
     const AccumulateChunkArgs accumulate{p.tile(), false, shift.data(), sum.data(), maximum.data()};
     run([&](int64_t b, int64_t e) { accumulate_range(accumulate, kAcc, b, e); }, kRows, threads);
@@ -127,7 +70,7 @@ TEST(Threads, AccumulateAndSoftmax) {
 
 TEST(Threads, TargetPass) {
   expect_equal_bits([](int64_t threads) {
-    const Problem p;
+    const Problem p(kRows, kFeatures, kClasses);
     const std::vector<double> shift(2 * kRows, 1.0), sum(2 * kRows, 3.0), maximum(2 * kRows, 1.5);
     std::vector<std::vector<float>> results(5, std::vector<float>(kRows));
     const TargetPassArgs args{
@@ -151,8 +94,8 @@ TEST(Threads, TargetPass) {
 
 TEST(Threads, FinishClassesAndRows) {
   expect_equal_bits([](int64_t threads) {
-    const Problem p;
-    const Upstream upstream{p.upstream.data(), p.upstream.data(), p.upstream.data()};
+    const Problem p(kRows, kFeatures, kClasses);
+    const Upstream upstream = p.upstreams(/*smoothing=*/true);
     const double one = 1.0;
     const double total = std::accumulate(p.upstream.begin(), p.upstream.end(), 0.0);
     std::vector<float> grad_weight = random_values<float>(kClasses * kFeatures, 6);
@@ -187,11 +130,9 @@ TEST(Threads, FinishClassesAndRows) {
 template <typename Scalar>
 void cosine_kernels(c10::ScalarType dtype) {
   const auto kernel = [&](int64_t threads) {
-    const Problem p;
-    const std::vector<Scalar> cosine = random_values<Scalar>(kRows * kClasses, 9, 0.3f);
-    MarginParameters margin;
-    margin.scale = 16.0;
-    margin.m2 = 0.4;
+    const Problem p(kRows, kFeatures, kClasses);
+    const std::vector<Scalar> cosine = random_values<Scalar>(kRows * kClasses, 9, 0.3);
+    const MarginParameters margin = p.margin();
     const RawMatrix none{nullptr, kAcc, 0, 0};
     const CosineContext context{
         {cosine.data(), dtype, kClasses, 1}, p.target.data(), kClasses, margin, none, none, none};
