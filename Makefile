@@ -8,7 +8,7 @@ BUILD := $(CURDIR)/build/torch-$(TORCH)
 BIN := $(CURDIR)/$(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: all setup install test test-cpp test-python test-asan test-tsan demo bench lint format clean
+.PHONY: all setup install test test-cpp test-python test-asan test-asan-cpp test-tsan mutants demo bench lint format clean
 all: install
 
 $(VENV)/.installed: requirements/torch-$(TORCH).txt requirements/build.txt requirements/test.txt requirements/demo.txt
@@ -35,21 +35,28 @@ test-python: install
 
 # The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the Python tests with that library.
 SANITIZED := $(CURDIR)/build/torch-$(TORCH)-asan
-CMAKE_SANITIZED = PATH="$(BIN):$$PATH" cmake -G Ninja -S . -DTORCHMARGIN_BUILD_TESTS=ON \
+CMAKE_SANITIZED = PATH="$(BIN):$$PATH" cmake -G Ninja -S . -DTORCHMARGIN_BUILD_TESTS=ON -DTORCHMARGIN_CUDA=OFF \
   -DTORCHMARGIN_TORCH_DIR="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["platlib"])')/torch"
-test-asan: install
+test-asan-cpp: setup
 	$(CMAKE_SANITIZED) -B $(SANITIZED) -DTORCHMARGIN_SANITIZE=address,undefined
 	PATH="$(BIN):$$PATH" cmake --build $(SANITIZED)
 	ctest --test-dir $(SANITIZED) --output-on-failure
+
+test-asan: test-asan-cpp install
 	ASAN_OPTIONS=detect_leaks=0 TORCHMARGIN_LIBRARY=$(SANITIZED)/libtorchmargin.so \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest -q tests/python $(ASAN_PYTEST_ARGS)
 
-# The CPU kernels under ThreadSanitizer, called by plain threads.
-test-tsan: install
+# The CPU kernels, and the CUDA kernels on the tests' stand-in for a GPU, under ThreadSanitizer.
+test-tsan: setup
 	$(CMAKE_SANITIZED) -B build/torch-$(TORCH)-tsan -DTORCHMARGIN_SANITIZE=thread
-	PATH="$(BIN):$$PATH" cmake --build build/torch-$(TORCH)-tsan --target torchmargin_thread_tests
+	PATH="$(BIN):$$PATH" cmake --build build/torch-$(TORCH)-tsan --target torchmargin_thread_tests torchmargin_device_on_host_tests
 	build/torch-$(TORCH)-tsan/tests/cpp/torchmargin_thread_tests
+	build/torch-$(TORCH)-tsan/tests/cpp/torchmargin_device_on_host_tests --gtest_filter='*/1.*'
+
+# Bugs planted in the CUDA kernels, each of which their tests must find.
+mutants: install
+	PATH="$(BIN):$$PATH" scripts/mutants.sh $(BUILD)
 
 demo: install
 	$(BIN)/python -m torchmargin.demo $(if $(QUICK),--quick) $(DEMO_ARGS)

@@ -4,9 +4,10 @@
     python benchmarks/accuracy.py --device cuda
 
 ArcFace on random classes and embeddings whose cosines to their classes run from 0 to 0.95, so that losses
-run from below 1e-15 to 60. The truth is the float64 op on the same (rounded) inputs, which the tests hold to independent references. Beside it: careful eager PyTorch
-under autocast, which does the same products. Logit: absolute error over all logits. Loss: relative error of
-the rows. Gradients: relative error by norm (rms) and of the worst row.
+run from below 1e-15 to 60. The truth is the float64 op on the same (rounded) inputs, which the tests hold to
+independent references. Beside it: careful eager PyTorch under autocast, which does the same products. Logit:
+absolute error over all logits. Loss: relative error of the rows. Gradients: relative error by norm (rms) and of
+the worst row.
 """
 
 from __future__ import annotations

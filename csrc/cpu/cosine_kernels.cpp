@@ -5,9 +5,8 @@
 
 #include "cpu/loops.h"
 #include "cpu/row_kernels.h"
-#include "math/cosine.h"
 #include "math/online_lse.h"
-#include "sweep/target_row.h"
+#include "sweep/cosine_row.h"
 
 namespace torchmargin::cpu {
 namespace {
@@ -40,33 +39,11 @@ class RowReader {
   Acc<Scalar> buffer_[kBlock];
 };
 
-struct OwnMargin {
-  bool present = false;
-  double mu = 0.0;
-  CosineMarginValue value{};
-};
-
-template <typename Scalar>
-OwnMargin own_margin(const CosineContext& context, int64_t row) {
-  const int64_t target = context.target[row];
-  OwnMargin own;
-  own.present = target >= 0 && target < context.classes;
-  if (own.present) {
-    const MarginParameters& margin = context.margin;
-    own.mu = margin.margin_weight * vector_element(context.sample_margin_weight, row, 1.0);
-    own.value = apply_margin_to_cosine(
-        margin, Reader<Scalar>(context.cosine)(row, target), margin.m2 + vector_element(context.sample_m2, row, 0.0),
-        margin.m3 + vector_element(context.sample_m3, row, 0.0), own.mu);
-  }
-  return own;
-}
-
 template <typename Scalar>
 void forward_row(const CosineForwardArgs& args, int64_t row, RowReader<Scalar>& reader) {
   using T = Acc<Scalar>;
   const CosineContext& context = args.context;
   const OwnMargin own = own_margin<Scalar>(context, row);
-  const int64_t target = own.present ? context.target[row] : context.classes;
   const LogitMap<T> map{static_cast<T>(context.margin.scale), nullptr, nullptr};
   OnlineLse total;
   double cosine_sum = 0.0;
@@ -82,7 +59,7 @@ void forward_row(const CosineForwardArgs& args, int64_t row, RowReader<Scalar>& 
   for (int64_t first = 0; first < context.classes; first += kBlock) {
     const int64_t count = std::min(kBlock, context.classes - first);
     const T* const cosines = reader.piece(row, first, count);
-    const int64_t own_place = target - first; // left out, if it is in this piece
+    const int64_t own_place = own.target - first; // left out, if it is in this piece
     const int64_t before = own_place >= 0 && own_place < count ? own_place : count;
     add(cosines, before);
     add(cosines + before + 1, count - before - 1);
@@ -131,7 +108,7 @@ void backward_row(const CosineBackwardArgs& args, int64_t row, RowReader<Scalar>
     }
   }
   if (own.present) {
-    out[context.target[row]] = static_cast<Scalar>(g_t == 0.0 ? 0.0 : g_t * scale * own.value.dcosine);
+    out[own.target] = static_cast<Scalar>(g_t == 0.0 ? 0.0 : g_t * scale * own.value.dcosine);
   }
 }
 
@@ -160,16 +137,8 @@ void cosine_backward(const CosineBackwardArgs& args, int64_t begin, int64_t end)
 
 void transform(const TransformArgs& args, int64_t begin, int64_t end) {
   with_dtype(args.dtype, [&](auto zero) {
-    using Scalar = decltype(zero);
-    const MarginParameters& margin = args.margin;
     for (int64_t k = begin; k < end; ++k) {
-      const double cosine = static_cast<double>(static_cast<const Scalar*>(args.cosine)[k]);
-      const CosineMarginValue value =
-          apply_margin_to_cosine(margin, cosine, margin.m2, margin.m3, margin.margin_weight);
-      const double result = args.grad == nullptr
-          ? value.psi
-          : static_cast<double>(static_cast<const Scalar*>(args.grad)[k]) * value.dcosine;
-      static_cast<Scalar*>(args.out)[k] = static_cast<Scalar>(result);
+      transform_element<decltype(zero)>(args, k);
     }
   });
 }

@@ -2,9 +2,8 @@
 #include "kernels/launch.h"
 #include "kernels/row_lse.cuh"
 #include "kernels/tile.cuh"
-#include "math/cosine.h"
+#include "sweep/cosine_row.h"
 #include "sweep/dispatch.h"
-#include "sweep/target_row.h"
 
 namespace torchmargin::device {
 namespace {
@@ -37,31 +36,6 @@ struct CosineRow {
     return scale * cosine(j);
   }
 };
-
-struct OwnMargin {
-  int64_t target; // classes if it is absent
-  bool present;
-  double mu;
-  CosineMarginValue value;
-};
-
-template <typename Scalar>
-__device__ OwnMargin own_margin(const CosineContext& context, int64_t row) {
-  OwnMargin own{};
-  own.target = context.target[row];
-  own.present = own.target >= 0 && own.target < context.classes;
-  if (!own.present) {
-    own.target = context.classes;
-    return own;
-  }
-  const MarginParameters& margin = context.margin;
-  own.mu = margin.margin_weight * vector_element(context.sample_margin_weight, row, 1.0);
-  own.value = apply_margin_to_cosine(
-      margin, Reader<Scalar>(context.cosine)(row, own.target),
-      margin.m2 + vector_element(context.sample_m2, row, 0.0),
-      margin.m3 + vector_element(context.sample_m3, row, 0.0), own.mu);
-  return own;
-}
 
 template <typename Scalar, typename T>
 __global__ void cosine_forward_kernel(CosineForwardArgs args) {
@@ -129,16 +103,9 @@ __global__ void cosine_backward_kernel(CosineBackwardArgs args) {
 
 template <typename Scalar>
 __global__ void transform_kernel(TransformArgs args, int64_t count) {
-  const MarginParameters& margin = args.margin;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; k < count; k += step) {
-    const double cosine = static_cast<double>(static_cast<const Scalar*>(args.cosine)[k]);
-    const CosineMarginValue value =
-        apply_margin_to_cosine(margin, cosine, margin.m2, margin.m3, margin.margin_weight);
-    const double result = args.grad == nullptr
-        ? value.psi
-        : static_cast<double>(static_cast<const Scalar*>(args.grad)[k]) * value.dcosine;
-    static_cast<Scalar*>(args.out)[k] = static_cast<Scalar>(result);
+    transform_element<Scalar>(args, k);
   }
 }
 

@@ -103,17 +103,6 @@ def test_modules_train_under_autocast(make):
     assert loss.weight.grad.dtype == network.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("exponent", [-24, -10, 10, 24])
-def test_scaled_losses_give_exactly_scaled_gradients(exponent):
-    """What torch.amp.GradScaler does."""
-    x, w, y, b = problem(40, 16, 900, dtype=torch.float32, bias=True)
-    loss = F.linear_margin_cross_entropy(x, w, y, b, label_smoothing=0.1, **MARGIN)
-    plain = torch.autograd.grad(loss, (x, w, b), retain_graph=True)
-    scaled = torch.autograd.grad(loss, (x, w, b), torch.tensor(2.0**exponent))
-    for one, other in zip(plain, scaled):
-        assert torch.equal(one * 2.0**exponent, other)
-
-
 def test_grad_scaler():
     loss = torchmargin.CosFaceLoss(6, 17)
     x, y = torch.randn(12, 6), torch.randint(0, 17, (12,))

@@ -116,14 +116,16 @@ def test_all_rows_ignored():
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("content", [math.nan, math.inf])
-def test_ignored_rows_add_nothing_even_if_they_hold_nan(content, label_smoothing, workspace):
+@pytest.mark.parametrize("ignored", [-7, 2])  # also one of the classes
+def test_ignored_rows_add_nothing_even_if_they_hold_nan(ignored, content, label_smoothing, workspace):
     x, w, y, b = problem(*workspace, bias=True)
     keep = torch.ones(len(y), dtype=torch.bool)
     keep[[1, 6]] = False
     with torch.no_grad():
         x[1] = content
-    y[~keep] = -7
-    parameters = {**ARCFACE, "label_smoothing": label_smoothing, "ignore_index": -7}
+    y[y == ignored] = ignored + 1
+    y[~keep] = ignored
+    parameters = {**ARCFACE, "label_smoothing": label_smoothing, "ignore_index": ignored}
     loss = F.linear_margin_cross_entropy(x, w, y, b, **parameters)
     rest = x.detach()[keep].requires_grad_()
     expected = F.linear_margin_cross_entropy(rest, w, y[keep], b, **parameters)

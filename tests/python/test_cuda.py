@@ -1,0 +1,264 @@
+"""The ops on a GPU: what the CPU's tests show, again, and what only a GPU has. Run with `pytest -m cuda`."""
+
+import pytest
+import torch
+
+import torchmargin
+import torchmargin.functional as F
+from torchmargin import reference
+
+import oracle
+from conftest import gradients, problem
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+    pytest.mark.skipif(not torchmargin.config.cuda_architectures(), reason="the library has no CUDA kernels"),
+]
+
+ARCFACE = {"scale": 64.0, "m2": 0.5, "extension": "linear"}
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# Rows, features, classes: tails of every kind, several tiles and chunks under a small limit.
+SIZES = [(9, 6, 23), (1, 1, 1), (33, 70, 1100), (300, 129, 5000)]
+
+
+def _on_gpu(*tensors):
+    return [None if t is None else t.detach().cuda().requires_grad_(t.requires_grad) for t in tensors]
+
+
+def _close(got, expected, dtype):
+    """float32 products in another order than the CPU's; 16-bit gradients are rounded once more."""
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
+    error = (got.double().cpu() - expected.double()).norm()
+    assert error <= tolerance * (expected.double().norm() + 1e-6), (error, expected.double().norm())
+
+
+@pytest.fixture(params=[None, 1 << 20], ids=["default", "1MiB"])
+def limit(request):
+    if request.param is None:
+        yield
+    else:
+        with torchmargin.workspace_limit(request.param, "cuda"):
+            yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_agrees_with_the_cpu(sizes, dtype, with_bias, limit):
+    x, w, y, b = problem(*sizes, dtype=dtype, bias=with_bias)
+    y[0] = -100
+    options = {**ARCFACE, "label_smoothing": 0.1, "reduction": "sum", "normalize_weight": not with_bias}
+    gx, gw, gy, gb = _on_gpu(x, w, y, b)
+    loss, expected = (F.linear_margin_cross_entropy(*args, **options) for args in ((gx, gw, gy, gb), (x, w, y, b)))
+    assert loss.dtype == expected.dtype
+    _close(loss, expected, torch.float64 if dtype == torch.float64 else torch.float32)
+    for got, true in zip(gradients(loss, gx, gw, gb), gradients(expected, x, w, b)):
+        assert got.dtype == dtype
+        _close(got, true, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_ops_agree_with_the_cpu(dtype):
+    x, w, y, b = problem(33, 70, 1100, dtype=dtype, bias=True)
+    cosine = (2 * torch.rand(33, 1100) - 1).to(dtype).requires_grad_()
+    y[0] = -1
+    margin = {"m2": 0.3, "m3": 0.1}
+
+    def run(x, w, y, b, cosine):
+        results = [*F.linear_margin_lse(x, w, y, b, scale=8.0, **margin)]
+        results.append(F.margin_logits(x, w, y, b, scale=8.0, **margin))
+        results.append(F.margin_cross_entropy(cosine, y.clamp(min=0), scale=8.0, label_smoothing=0.1, **margin))
+        results.append(F.margin_transform(cosine, **margin))
+        total = sum(r.float().square().mean() if r.dim() else r.float() for r in results if r.requires_grad)
+        return results, gradients(total, x, w, b, cosine)
+
+    (results, grads), (true_results, true_grads) = run(*_on_gpu(x, w, y, b, cosine)), run(x, w, y, b, cosine)
+    for got, true in zip(results, true_results):
+        _close(got, true, got.dtype)
+    for got, true in zip(grads, true_grads):
+        _close(got, true, dtype)
+
+
+@pytest.mark.parametrize("loss", list(oracle.founding_losses()))
+def test_founding_losses(loss):
+    reference_loss, parameters = oracle.founding_losses()[loss]
+    x, w, y, b = problem(bias=loss == "softmax")
+    expected = reference_loss(x, w, y, *([b] if b is not None else [])).mean()
+    gx, gw, gy, gb = _on_gpu(x, w, y, b)
+    got = F.linear_margin_cross_entropy(gx, gw, gy, gb, **parameters)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("extension", ["none", "linear", "easy", "clip", "monotonic"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradcheck_and_gradgradcheck(extension, normalize):
+    x, w, y, b = problem(5, 4, 7, bias=True)
+    y[0] = -1
+    m2, m3 = ((0.1 * torch.rand(5, dtype=torch.float64)).requires_grad_() for _ in range(2))
+    x, w, y, b, m2, m3 = _on_gpu(x, w, y, b, m2, m3)
+    options = {"scale": 2.0, "m2": 0.2, "extension": extension}
+
+    def lse(x, w, b, m2, m3):
+        return F.linear_margin_lse(
+            x, w, y, b, sample_m2=m2, sample_m3=m3, normalize_input=normalize, normalize_weight=normalize, **options
+        )[:3]
+
+    cosine = (1.8 * torch.rand(5, 7, dtype=torch.float64, device="cuda") - 0.9).requires_grad_()
+    of_cosine = lambda c: F.margin_cross_entropy(c, y.clamp(min=0), label_smoothing=0.1, **options)  # noqa: E731
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lse, (x, w, b, m2, m3))
+        assert check(of_cosine, (cosine,))
+
+
+@pytest.mark.parametrize("op", ["linear_margin_cross_entropy", "margin_logits", "_linear_margin_forward"])
+def test_opcheck(op):
+    x, w, y, b = _on_gpu(*problem(bias=True))
+    torch.library.opcheck(getattr(torch.ops.torchmargin, op).default, (x, w, y, b), {"scale": 4.0, "m2": 0.3})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    x, w, y, _ = _on_gpu(*problem(64, 128, 3000, dtype=torch.float32))
+    with torch.autocast("cuda", dtype=dtype):
+        loss = F.linear_margin_cross_entropy(x.to(dtype), w, y, scale=64.0, m2=0.3)
+    assert loss.dtype == torch.float32
+    expected = reference.linear_margin_cross_entropy(x.to(dtype).double(), w.double(), y, scale=64.0, m2=0.3)
+    # Logits of 16-bit unit vectors are some 1e-2 off at scale 64, a mean loss much less.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_same_bits_every_run(limit):
+    x, w, y, b = _on_gpu(*problem(300, 129, 5000, dtype=torch.float32, bias=True))
+
+    def run():
+        loss = F.linear_margin_cross_entropy(x, w, y, b, label_smoothing=0.1, **ARCFACE)
+        return [loss, *gradients(loss, x, w, b)]
+
+    first = run()
+    for _ in range(5):
+        for one, other in zip(first, run()):
+            assert torch.equal(one, other)
+
+
+def test_cuda_graph():
+    """Captured, replayed with other inputs: no synchronisation, and the margin's weight is a tensor."""
+    x, w, y, _ = _on_gpu(*problem(64, 128, 3000, dtype=torch.float32))
+    weight = torch.ones((), device="cuda")
+
+    def step():
+        loss = F.linear_margin_cross_entropy(x, w, y, sample_margin_weight=weight, **ARCFACE)
+        return [loss, *gradients(loss, x, w)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for value in (0.3, 0.9):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+            weight.fill_(value)
+        graph.replay()
+        for got, true in zip(captured, step()):
+            assert torch.equal(got, true)
+
+
+def test_no_synchronisation():
+    x, w, y, b = _on_gpu(*problem(64, 128, 3000, dtype=torch.float32, bias=True))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = F.linear_margin_cross_entropy(x, w, y, b, label_smoothing=0.1, **ARCFACE)
+        gradients(loss, x, w, b)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_side_stream():
+    x, w, y, _ = _on_gpu(*problem(256, 512, 20000, dtype=torch.float32))
+    expected = F.linear_margin_cross_entropy(x, w, y, **ARCFACE)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**7)  # the other stream has not waited for this one
+        late = x * 1.0
+        loss = F.linear_margin_cross_entropy(late, w, y, **ARCFACE)
+    stream.synchronize()
+    assert torch.equal(loss, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU here")
+def test_second_device():
+    x, w, y, _ = problem(dtype=torch.float32)
+    expected = F.linear_margin_cross_entropy(*_on_gpu(x, w, y), **ARCFACE)
+    loss = F.linear_margin_cross_entropy(*(t.detach().to("cuda:1") for t in (x, w, y)), **ARCFACE)
+    assert loss.device.index == 1 and torch.equal(loss.cpu(), expected.cpu())
+
+
+def test_memory_at_a_million_classes():
+    rows, features, classes = 512, 512, 1_000_000
+    x = torch.randn(rows, features, device="cuda", requires_grad=True)
+    w = torch.randn(classes, features, device="cuda", requires_grad=True)
+    y = torch.randint(0, classes, (rows,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = F.linear_margin_cross_entropy(x, w, y, **ARCFACE)
+    grads = gradients(loss, x, w)
+    peak = torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in grads)
+    # The limit, 16 bytes a class, and what cuBLAS takes for itself once.
+    assert peak <= torchmargin.get_workspace_limit("cuda") + 16 * classes + (64 << 20)
+
+
+def test_more_than_2_31_logits_and_weights():
+    rows, features, classes = 4200, 520, 4_200_000  # 1.8e10 logits, 2.2e9 weights
+    if torch.cuda.mem_get_info()[0] < 48 << 30:
+        pytest.skip("needs 48 GiB")
+    w = torch.empty(classes, features, device="cuda").normal_().requires_grad_()
+    x = w.detach()[:: classes // rows][:rows].clone().requires_grad_()
+    y = torch.arange(rows, device="cuda") * (classes // rows)
+    y[-1] = classes - 1
+    loss = F.linear_margin_cross_entropy(x, w, y, reduction="none", **ARCFACE)
+    assert loss.isfinite().all()
+    last = torch.nn.functional.normalize(x[-1:]).double() @ torch.nn.functional.normalize(w.detach()).double().T
+    psi = F.margin_transform(last[:, -1], m2=0.5, extension="linear")
+    others = 64 * last[:, :-1]
+    expected = torch.nn.functional.softplus(others.logsumexp(1) - 64 * psi)
+    torch.testing.assert_close(loss[-1:].double(), expected, rtol=2e-5, atol=1e-5)
+    (grad,) = torch.autograd.grad(loss[-1], w)
+    assert grad[-1].abs().sum() > 0
+
+
+def test_empty_batches():
+    x = torch.empty(0, 6, device="cuda", requires_grad=True)
+    w = torch.randn(23, 6, device="cuda", requires_grad=True)
+    y = torch.empty(0, dtype=torch.long, device="cuda")
+    loss = F.linear_margin_cross_entropy(x, w, y, **ARCFACE)
+    assert loss.isnan() and not gradients(loss, x, w)[1].any()
+    assert F.margin_logits(x, w).shape == (0, 23)
+
+
+def test_a_target_out_of_range_is_a_device_assertion():
+    """In a process of its own: an assertion ends the CUDA context."""
+    import subprocess
+    import sys
+
+    code = (
+        "import torch, torchmargin.functional as F\n"
+        "x, w, y = torch.randn(2, 3).cuda(), torch.randn(4, 3).cuda(), torch.tensor([0, 9]).cuda()\n"
+        "F.linear_margin_cross_entropy(x, w, y)\n"
+        "torch.cuda.synchronize()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode != 0 and "assert" in ran.stderr
+
+
+def test_the_modules_train():
+    for make in (torchmargin.ArcFaceLoss, torchmargin.SphereFaceLoss, torchmargin.AdaFaceLoss, torchmargin.SoftmaxLoss):
+        loss = make(16, 40, device="cuda")
+        x = torch.randn(32, 16, device="cuda", requires_grad=True)
+        value, statistics = loss(x, torch.randint(0, 40, (32,), device="cuda"), return_statistics=True)
+        value.backward()
+        assert x.grad.isfinite().all() and all(s.isfinite() for s in statistics)
+        assert loss.logits(x).shape == (32, 40)
