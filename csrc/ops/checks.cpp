@@ -121,6 +121,21 @@ void check_like_input(std::string_view op, const char* argument, const at::Tenso
       input.scalar_type(), ", but got ", tensor.scalar_type());
 }
 
+void check_shape(std::string_view op, const char* argument, const at::Tensor& tensor, at::IntArrayRef shape) {
+  TORCH_CHECK(
+      tensor.sizes() == shape, op, ": expected ", argument, " to have shape ", shape, ", but got ", tensor.sizes());
+}
+
+void check_shape(
+    std::string_view op,
+    const char* argument,
+    const std::optional<at::Tensor>& tensor,
+    at::IntArrayRef shape) {
+  if (tensor.has_value() && tensor->defined()) {
+    check_shape(op, argument, *tensor, shape);
+  }
+}
+
 void check_target(std::string_view op, const at::Tensor& target, const at::Tensor& input) {
   check_device(op, "target", target, input);
   TORCH_CHECK(

@@ -27,6 +27,14 @@ void check_floating(std::string_view op, const char* argument, const at::Tensor&
 void check_device(std::string_view op, const char* argument, const at::Tensor& tensor, const at::Tensor& input);
 void check_like_input(std::string_view op, const char* argument, const at::Tensor& tensor, const at::Tensor& input);
 
+// What a private op was given beside the problem. Undefined optionals pass.
+void check_shape(std::string_view op, const char* argument, const at::Tensor& tensor, at::IntArrayRef shape);
+void check_shape(
+    std::string_view op,
+    const char* argument,
+    const std::optional<at::Tensor>& tensor,
+    at::IntArrayRef shape);
+
 // target: [B] int64 for an input with B rows.
 void check_target(std::string_view op, const at::Tensor& target, const at::Tensor& input);
 

@@ -3,6 +3,7 @@
 // them. Each row of grad_weight is written once. The formulas are those of docs/design.md.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
+#include <c10/util/Exception.h>
 
 #include <limits>
 #include <tuple>
@@ -295,22 +296,58 @@ class BackwardSweep {
   at::Tensor sorted_target_, sorted_row_; // [B]
 };
 
+// The private op may be called with anything.
+void check_request(const LinearProblem& problem, const BackwardRequest& request) {
+  constexpr std::string_view op = "_linear_margin_backward";
+  const int64_t rows = problem.input.size(0);
+  const int64_t classes = problem.weight.size(0);
+  check_shape(op, "grad_other_lse", request.grad_other_lse, {rows});
+  check_shape(op, "grad_target_logit", request.grad_target_logit, {rows});
+  check_shape(op, "grad_logit_sum", request.grad_logit_sum, {rows});
+  check_shape(op, "other_lse", request.other_lse, {rows});
+  check_shape(op, "inverse_norms", request.inverse_norms, {problem.normalize_weight ? classes : 0});
+  TORCH_CHECK(
+      request.kept.dim() == 2 && request.kept.size(0) == rows && request.kept.size(1) <= classes, op,
+      ": expected kept to have shape [", rows, ", at most ", classes, "], but got ", request.kept.sizes());
+  if (request.grad_logit_sum.has_value()) {
+    check_shape(op, "weight_sum", request.weight_sum, {problem.input.size(1)});
+  }
+  for (const at::Tensor* tensor : {&request.other_lse, &request.kept, &request.inverse_norms}) {
+    TORCH_CHECK(
+        tensor->scalar_type() == problem.acc(), op, ": expected the forward's results as it returned them, in ",
+        problem.acc(), ", but got ", tensor->scalar_type());
+  }
+}
+
 } // namespace
 
 Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& request, const SweepKernels& kernels) {
-  return BackwardSweep(problem, request, kernels).run();
+  check_request(problem, request);
+  BackwardRequest contiguous = request;
+  for (at::Tensor* tensor :
+       {&contiguous.other_lse, &contiguous.kept, &contiguous.inverse_norms, &contiguous.weight_sum}) {
+    *tensor = tensor->contiguous();
+  }
+  return BackwardSweep(problem, contiguous, kernels).run();
 }
 
 Gradients
 sweep_logits_backward(const LinearProblem& problem, const LogitsBackwardRequest& request, const SweepKernels& kernels) {
-  const at::TensorOptions options = request.grad_logits.options();
+  constexpr std::string_view op = "_margin_logits_backward";
+  const int64_t classes = problem.weight.size(0);
+  check_shape(op, "grad_logits", request.grad_logits, {problem.input.size(0), classes});
+  check_shape(op, "inverse_norms", request.inverse_norms, {problem.normalize_weight ? classes : 0});
+  TORCH_CHECK(
+      request.inverse_norms.scalar_type() == problem.acc(), op,
+      ": expected inverse_norms as the forward returned them, but got ", request.inverse_norms.scalar_type());
+  const at::TensorOptions options = problem.input.options().dtype(problem.acc());
   const BackwardRequest backward{
       std::nullopt,
       std::nullopt,
       std::nullopt,
       /*other_lse=*/at::zeros({problem.input.size(0)}, options),
       /*kept=*/at::empty({problem.input.size(0), 0}, options),
-      request.inverse_norms,
+      request.inverse_norms.contiguous(),
       /*weight_sum=*/at::Tensor(),
       request.wanted};
   return BackwardSweep(problem, backward, request.grad_logits, kernels).run();

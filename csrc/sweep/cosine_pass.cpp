@@ -33,6 +33,14 @@ CosineResult cosine_pass(const CosineProblem& problem, bool with_logit_sum, cons
 CosineGradients
 cosine_backward_pass(const CosineProblem& problem, const CosineBackwardRequest& request, const CosineKernels& kernels) {
   const int64_t rows = problem.cosine.size(0);
+  constexpr std::string_view op = "_margin_cosine_backward";
+  check_shape(op, "grad_other_lse", request.grad_other_lse, {rows});
+  check_shape(op, "grad_target_logit", request.grad_target_logit, {rows});
+  check_shape(op, "grad_logit_sum", request.grad_logit_sum, {rows});
+  check_shape(op, "other_lse", request.other_lse, {rows});
+  TORCH_CHECK(
+      request.other_lse.scalar_type() == problem.acc(), op, ": expected other_lse to be ", problem.acc(), ", but got ",
+      request.other_lse.scalar_type());
   const at::TensorOptions wide = problem.cosine.options().dtype(at::kDouble);
   const auto widen = [&](const std::optional<at::Tensor>& grad) {
     return grad.has_value() && grad->defined() ? grad->to(at::kDouble).contiguous() : at::zeros({rows}, wide);
@@ -68,9 +76,7 @@ at::Tensor transform_pass(
     const CosineKernels& kernels) {
   at::Tensor upstream;
   if (grad.has_value()) {
-    TORCH_CHECK(
-        grad->sizes() == cosine.sizes(), "_margin_transform_backward: expected grad to have shape ", cosine.sizes(),
-        ", but got ", grad->sizes());
+    check_shape("_margin_transform_backward", "grad", *grad, cosine.sizes());
     upstream = grad->to(cosine.scalar_type()).contiguous();
   }
   const at::Tensor from = cosine.contiguous();

@@ -168,3 +168,48 @@ def test_settings_refuse_nonsense():
     if not torchmargin.config.cuda_architectures():
         with pytest.raises(ValueError, match="no CUDA kernels"):
             torchmargin.plan(4, 5, 6, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"grad_other_lse": torch.zeros(3)}, r"expected grad_other_lse to have shape \[4\], but got \[3\]"),
+        ({"grad_logit_sum": torch.zeros(4, 1)}, r"expected grad_logit_sum to have shape \[4\], but got \[4, 1\]"),
+        ({"other_lse": torch.zeros(3)}, r"expected other_lse to have shape \[4\], but got \[3\]"),
+        ({"other_lse": torch.zeros(4).double()}, "expected the forward's results as it returned them"),
+        ({"kept": torch.zeros(4, 10)}, r"expected kept to have shape \[4, at most 9\], but got \[4, 10\]"),
+        ({"inverse_norms": torch.zeros(8)}, r"expected inverse_norms to have shape \[9\], but got \[8\]"),
+        ({"weight_sum": torch.zeros(5)}, r"expected weight_sum to have shape \[6\], but got \[5\]"),
+    ],
+)
+def test_the_private_backward_refuses_what_does_not_fit(change, text):
+    results = torch.ops.torchmargin._linear_margin_forward(X, W, Y)
+    good = {
+        "grad_other_lse": torch.ones(4),
+        "grad_target_logit": None,
+        "grad_logit_sum": torch.ones(4),
+        "other_lse": results[0],
+        "kept": results[5],
+        "inverse_norms": results[6],
+        "weight_sum": results[7],
+        "wanted": [True, True, False, False, False],
+    }
+    torch.ops.torchmargin._linear_margin_backward(X, W, Y, **good)
+    with pytest.raises(RuntimeError, match="_linear_margin_backward: " + text):
+        torch.ops.torchmargin._linear_margin_backward(X, W, Y, **{**good, **change})
+
+
+def test_the_other_private_backwards_refuse_what_does_not_fit():
+    ops = torch.ops.torchmargin
+    wanted = [True, True, False, False, False]
+    with pytest.raises(RuntimeError, match=r"_margin_logits_backward: expected grad_logits to have shape \[4, 9\]"):
+        ops._margin_logits_backward(X, W, Y, grad_logits=torch.ones(4, 8), inverse_norms=torch.ones(9), wanted=wanted)
+    with pytest.raises(RuntimeError, match=r"_margin_logits_backward: expected inverse_norms to have shape \[9\]"):
+        ops._margin_logits_backward(X, W, Y, grad_logits=torch.ones(4, 9), inverse_norms=torch.ones(3), wanted=wanted)
+    upstream = {"grad_other_lse": torch.ones(3), "grad_target_logit": None, "grad_logit_sum": None}
+    with pytest.raises(RuntimeError, match=r"_margin_cosine_backward: expected grad_other_lse to have shape \[4\]"):
+        ops._margin_cosine_backward(
+            torch.rand(4, 9), Y, **upstream, other_lse=torch.ones(4), wanted=[True, False, False]
+        )
+    with pytest.raises(RuntimeError, match=r"_margin_transform_backward: expected grad to have shape \[4, 9\]"):
+        ops._margin_transform_backward(torch.ones(4), torch.rand(4, 9))

@@ -109,6 +109,18 @@ def test_compile_a_training_step(make):
         torch.testing.assert_close(values[0], values[1], rtol=1e-5, atol=1e-5)
 
 
+def test_compiled_autograd():
+    """The node tells compiled autograd what it saved: other numbers are another graph."""
+    x, w, y, _ = problem(dtype=torch.float32)
+    for margin in (0.3, 0.1):
+        loss = lambda: F.linear_margin_cross_entropy(x, w, y, scale=8.0, m2=margin, label_smoothing=0.1)  # noqa: B023, E731
+        expected = gradients(loss(), x, w)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            loss().backward()
+        assert torch.equal(x.grad, expected[0]) and torch.equal(w.grad, expected[1])
+        x.grad = w.grad = None
+
+
 OPS = {
     "loss": lambda x, w, y: F.linear_margin_cross_entropy(x, w, y, **ARCFACE),
     "lse": lambda x, w, y: F.linear_margin_lse(x, w, y, **ARCFACE)[0].sum(),

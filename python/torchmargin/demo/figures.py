@@ -49,9 +49,11 @@ def _grid(count: int, size: float, **axes):
     return figure, panels.flat
 
 
-def _heading(axes, embedding: Embedding) -> None:
+def _heading(axes, embedding: Embedding, **place) -> None:
     axes.set_title(
-        f"{embedding.title}\n{textwrap.fill(embedding.parameters, 46)}\naccuracy {embedding.accuracy:.3f}", fontsize=10
+        f"{embedding.title}\n{textwrap.fill(embedding.parameters, 46)}\naccuracy {embedding.accuracy:.3f}",
+        fontsize=10,
+        **place,
     )
 
 
@@ -100,11 +102,12 @@ def draw_spheres(embeddings: list[Embedding], names: list[str], path: Path) -> P
             axes.scatter(x, y, z, s=6, color=COLOURS[index], alpha=0.8, linewidths=0, depthshade=False)
             axes.plot(*([0, 1.1 * part] for part in weight), color=COLOURS[index], linewidth=1.2)
             axes.text(*(1.25 * part for part in weight), names[index], color=COLOURS[index], fontweight="bold")
-        axes.set_box_aspect((1, 1, 1), zoom=1.35)
+        axes.set_box_aspect((1, 1, 1), zoom=1.25)
         axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
         axes.set_axis_off()
         axes.view_init(elev=20, azim=35)
-        _heading(axes, embedding)
+        _heading(axes, embedding, y=1.07)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 0.97), h_pad=0.15)
     return save(figure, path)
 
 
