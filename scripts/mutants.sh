@@ -18,7 +18,7 @@ copy_tree() { # only what differs is written, so that little is compiled again
 }
 build_and_test() {
   cmake --build "$WORK/build" --target torchmargin_device_on_host_tests > "$WORK/build.log" 2>&1 || return 2
-  timeout 300 "$WORK/build/tests/cpp/torchmargin_device_on_host_tests" --gtest_brief=1 \
+  timeout 300 "$WORK/build/tests/cpp/torchmargin_device_on_host_tests" --gtest_brief=1 --gtest_fail_fast \
     --gtest_filter="$1" > "$WORK/test.log" 2>&1
 }
 

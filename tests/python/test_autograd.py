@@ -81,6 +81,28 @@ def test_second_derivatives_and_forward_mode(op, extension, normalize):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_second_derivatives_past_pi(extension):
+    """Where the extensions differ: theta + m2 between pi and pi + 0.9."""
+    _, w, y, _ = problem(4, 4, 7)
+    x = (-w[y] + 0.1 * torch.randn(4, 4, dtype=torch.float64)).detach().requires_grad_()
+    m2 = (0.8 + 0.05 * torch.rand(4, dtype=torch.float64)).requires_grad_()
+    assert (F.linear_margin_lse(x, w, y).target_angle + m2 > 3.15).all()
+
+    def target_logit(x, w, m2):
+        return F.linear_margin_lse(x, w, y, scale=2.0, sample_m2=m2, extension=extension).target_logit
+
+    def of_cosine(cosine, m2):
+        return F.margin_cross_entropy(cosine, y, scale=2.0, sample_m2=m2, extension=extension)
+
+    cosine = (0.1 * torch.randn(4, 7, dtype=torch.float64)).index_put(
+        (torch.arange(4), y), torch.tensor(-0.95, dtype=torch.float64)
+    )
+    for function, inputs in ((target_logit, (x, w, m2)), (of_cosine, (cosine.requires_grad_(), m2))):
+        assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
 def test_forward_over_reverse():
     function, inputs = _ops("monotonic", True)["loss"]
     assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True)
