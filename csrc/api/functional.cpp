@@ -1,10 +1,9 @@
 // The C++ front door: options in, a dispatcher call of the public op, results out.
 #include "torchmargin/functional.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-
 #include <tuple>
 
+#include "ops/find_op.h"
 #include "ops/problem.h"
 
 namespace torchmargin::nn::functional {
@@ -36,9 +35,7 @@ LinearMarginLse linear_margin_lse(
     const at::Tensor& weight,
     const at::Tensor& target,
     const LinearMarginFuncOptions& options) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchmargin::linear_margin_lse", "")
-                             .typed<LseTuple(TORCHMARGIN_LINEAR_PARAMETERS)>();
+  static const auto op = find_op<LseTuple(TORCHMARGIN_LINEAR_PARAMETERS)>("torchmargin::linear_margin_lse");
   auto [other_lse, target_logit, logit_sum, target_angle, max_other_logit] = call(op, input, weight, target, options);
   return {other_lse, target_logit, logit_sum, target_angle, max_other_logit};
 }
@@ -48,9 +45,7 @@ at::Tensor linear_margin_cross_entropy(
     const at::Tensor& weight,
     const at::Tensor& target,
     const LinearMarginCrossEntropyFuncOptions& options) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchmargin::linear_margin_cross_entropy", "")
-                             .typed<at::Tensor(TORCHMARGIN_LOSS_PARAMETERS)>();
+  static const auto op = find_op<at::Tensor(TORCHMARGIN_LOSS_PARAMETERS)>("torchmargin::linear_margin_cross_entropy");
   return call(
       op, input, weight, target, options.linear(), options.label_smoothing(), options.ignore_index(),
       std::string_view(options.reduction()));

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "ops/cosine_problem.h"
+#include "ops/find_op.h"
 #include "ops/problem.h"
 
 namespace torchmargin {
@@ -27,15 +28,6 @@ OptionalTensor cast(const OptionalTensor& tensor, at::ScalarType dtype) {
   return tensor.has_value() ? OptionalTensor(cast(*tensor, dtype)) : std::nullopt;
 }
 
-c10::DispatchKeySet autocast_keys() {
-  return c10::autocast_dispatch_keyset;
-}
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 // Calls a linear op below autocast with its tensors cast. `Target` is Tensor or optional Tensor.
 template <typename Op, typename Target, typename... More>
 auto call_linear(
@@ -45,7 +37,7 @@ auto call_linear(
     const Target& target,
     TORCHMARGIN_LINEAR_OPTION_PARAMETERS,
     More... more) {
-  const c10::impl::ExcludeDispatchKeyGuard below(autocast_keys());
+  const c10::impl::ExcludeDispatchKeyGuard below(c10::autocast_dispatch_keyset);
   const at::ScalarType dtype = weight.scalar_type();
   std::optional<at::ScalarType> lowest = compute_dtype;
   if (!lowest.has_value() && dtype == at::kFloat && is_narrow(input.scalar_type())) {
@@ -94,7 +86,7 @@ at::Tensor margin_cross_entropy_autocast(
     std::string_view reduction) {
   static const auto op = find_op<at::Tensor(TORCHMARGIN_COSINE_PARAMETERS, double, int64_t, std::string_view)>(
       "torchmargin::margin_cross_entropy");
-  const c10::impl::ExcludeDispatchKeyGuard below(autocast_keys());
+  const c10::impl::ExcludeDispatchKeyGuard below(c10::autocast_dispatch_keyset);
   return op.call(
       cast(cosine, at::kFloat), target, scale, m1, m2, m3, cast(sample_m2, at::kFloat), cast(sample_m3, at::kFloat),
       cast(sample_margin_weight, at::kFloat), extension, margin_weight, margin_gradient, label_smoothing, ignore_index,
@@ -104,7 +96,7 @@ at::Tensor margin_cross_entropy_autocast(
 at::Tensor margin_transform_autocast(const at::Tensor& cosine, TORCHMARGIN_MARGIN_PARAMETERS) {
   static const auto op =
       find_op<at::Tensor(const at::Tensor&, TORCHMARGIN_MARGIN_PARAMETERS)>("torchmargin::margin_transform");
-  const c10::impl::ExcludeDispatchKeyGuard below(autocast_keys());
+  const c10::impl::ExcludeDispatchKeyGuard below(c10::autocast_dispatch_keyset);
   return op.call(cast(cosine, at::kFloat), TORCHMARGIN_MARGIN_ARGUMENTS);
 }
 

@@ -1,7 +1,8 @@
 #include "ops/cosine_problem.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
+
+#include "ops/find_op.h"
 
 namespace torchmargin {
 
@@ -33,9 +34,8 @@ MarginParameters check_transform(std::string_view op, const at::Tensor& cosine, 
 }
 
 CosineResult call_cosine_forward(const CosineProblem& p, std::optional<int64_t> ignore_index, bool with_logit_sum) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchmargin::_margin_cosine_forward", "")
-                             .typed<CosineTuple(TORCHMARGIN_COSINE_PARAMETERS, std::optional<int64_t>, bool)>();
+  static const auto op = find_op<CosineTuple(TORCHMARGIN_COSINE_PARAMETERS, std::optional<int64_t>, bool)>(
+      "torchmargin::_margin_cosine_forward");
   auto [other_lse, target_logit, logit_sum] = op.call(
       p.cosine, p.target, p.margin.scale, p.margin.m1, p.margin.m2, p.margin.m3, p.sample_m2, p.sample_m3,
       p.sample_margin_weight, extension_name(p.margin.extension), p.margin.margin_weight,
@@ -44,9 +44,8 @@ CosineResult call_cosine_forward(const CosineProblem& p, std::optional<int64_t> 
 }
 
 CosineGradients call_cosine_backward(const CosineProblem& p, const CosineBackwardRequest& request) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchmargin::_margin_cosine_backward", "")
-                             .typed<CosineTuple(TORCHMARGIN_COSINE_BACKWARD_PARAMETERS)>();
+  static const auto op =
+      find_op<CosineTuple(TORCHMARGIN_COSINE_BACKWARD_PARAMETERS)>("torchmargin::_margin_cosine_backward");
   auto [cosine, sample_m2, sample_m3] = op.call(
       p.cosine, p.target, p.margin.scale, p.margin.m1, p.margin.m2, p.margin.m3, p.sample_m2, p.sample_m3,
       p.sample_margin_weight, extension_name(p.margin.extension), p.margin.margin_weight,
@@ -56,18 +55,16 @@ CosineGradients call_cosine_backward(const CosineProblem& p, const CosineBackwar
 }
 
 at::Tensor call_transform(const at::Tensor& cosine, const MarginParameters& margin) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchmargin::margin_transform", "")
-                             .typed<at::Tensor(const at::Tensor&, TORCHMARGIN_MARGIN_PARAMETERS)>();
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, TORCHMARGIN_MARGIN_PARAMETERS)>("torchmargin::margin_transform");
   return op.call(
       cosine, margin.m1, margin.m2, margin.m3, extension_name(margin.extension), margin.margin_weight,
       margin_gradient_name(margin.margin_gradient));
 }
 
 at::Tensor call_transform_backward(const at::Tensor& grad, const at::Tensor& cosine, const MarginParameters& margin) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchmargin::_margin_transform_backward", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, TORCHMARGIN_MARGIN_PARAMETERS)>();
+  static const auto op = find_op<at::Tensor(const at::Tensor&, const at::Tensor&, TORCHMARGIN_MARGIN_PARAMETERS)>(
+      "torchmargin::_margin_transform_backward");
   return op.call(
       grad, cosine, margin.m1, margin.m2, margin.m3, extension_name(margin.extension), margin.margin_weight,
       margin_gradient_name(margin.margin_gradient));

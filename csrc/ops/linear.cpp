@@ -3,11 +3,9 @@
 // Both are composite: autograd, Meta and the devices meet them as the private op.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
-#include <c10/core/GradMode.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
-
-#include <cmath>
 
 #include "ops/cross_entropy.h"
 #include "ops/problem.h"
@@ -21,11 +19,8 @@ namespace {
 // How many leading classes' products the forward should keep: none where no backward
 // will come or where the sizes are symbolic (the plan must not guard on them).
 int64_t choose_kept_classes(const LinearProblem& problem) {
-  const auto wants_gradient = [](const std::optional<at::Tensor>& tensor) {
-    return tensor.has_value() && tensor->requires_grad();
-  };
-  const bool backward_will_come = c10::GradMode::is_enabled() &&
-      (wants_gradient(problem.input) || wants_gradient(problem.weight) || wants_gradient(problem.bias));
+  const bool backward_will_come =
+      wants_gradient(problem.input) || wants_gradient(problem.weight) || wants_gradient(problem.bias);
   const auto rows = problem.input.sym_size(0).maybe_as_int();
   const auto features = problem.input.sym_size(1).maybe_as_int();
   const auto classes = problem.weight.sym_size(0).maybe_as_int();

@@ -1,7 +1,8 @@
 #include "ops/problem.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
+
+#include "ops/find_op.h"
 
 namespace torchmargin {
 namespace {
@@ -86,11 +87,6 @@ auto call(const Op& op, const LinearProblem& p, const More&... more) {
       p.input, p.weight, p.target, p.bias, p.margin.scale, p.margin.m1, p.margin.m2, p.margin.m3, p.sample_m2,
       p.sample_m3, p.sample_margin_weight, extension_name(p.margin.extension), p.margin.margin_weight,
       margin_gradient_name(p.margin.margin_gradient), p.normalize_input, p.normalize_weight, p.compute_dtype, more...);
-}
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 Gradients to_gradients(const BackwardTuple& tuple) {

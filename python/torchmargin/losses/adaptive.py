@@ -11,10 +11,6 @@ from torchmargin.losses.base import CommonOptions, MarginLoss, MarginStatistics,
 __all__ = ["AdaFaceLoss", "ElasticFaceLoss", "MagFaceLoss"]
 
 
-def _acc(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def _lengths(loss: MarginLoss, embeddings: Tensor, labels: Tensor, ignored: float) -> tuple[Tensor, Tensor]:
     """Which rows count [B], and the embeddings' lengths [B] in the dtype of margins.
 
@@ -22,7 +18,7 @@ def _lengths(loss: MarginLoss, embeddings: Tensor, labels: Tensor, ignored: floa
     """
     valid = labels != loss.ignore_index
     rows = torch.where(valid[:, None], embeddings, ignored)
-    return valid, torch.linalg.vector_norm(rows, dim=1, dtype=_acc(loss.weight))
+    return valid, torch.linalg.vector_norm(rows, dim=1, dtype=loss.acc_dtype)
 
 
 class AdaFaceLoss(MarginLoss):
@@ -161,7 +157,7 @@ class ElasticFaceLoss(MarginLoss):
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         if not self.training:
             return {}
-        noise = self.deviation * torch.randn(len(labels), dtype=_acc(self.weight), device=labels.device)
+        noise = self.deviation * torch.randn(len(labels), dtype=self.acc_dtype, device=labels.device)
         return {"sample_m2" if self.kind == "arc" else "sample_m3": noise}
 
     def describe_margin(self) -> str:

@@ -123,6 +123,11 @@ class MarginLoss(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        """The dtype of losses and of margins of rows: float64 for float64 weights, else float32."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Of sample_m2, sample_m3 [B] and sample_margin_weight (0-dim or [B]) those that this loss sets."""
         return {}

@@ -63,8 +63,7 @@ class AnnealedMarginLoss(MarginLoss):
 
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         # A tensor, not the float margin_weight: a float that changes recompiles torch.compile at every step.
-        acc = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        return {"sample_margin_weight": (1 / (1 + self.annealing_lambda())).to(acc)}
+        return {"sample_margin_weight": (1 / (1 + self.annealing_lambda())).to(self.acc_dtype)}
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
