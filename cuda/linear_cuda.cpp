@@ -45,8 +45,8 @@ void run_lanes(int64_t lanes, const std::function<void(int64_t)>& body) {
 }
 void prepare_buffer(void* /*data*/, int64_t /*bytes*/) {}
 
-constexpr SweepKernels kKernels{load_rows,      accumulate_chunk, softmax_chunk, target_pass,
-                                finish_classes, finish_rows,      run_lanes,     prepare_buffer};
+constexpr SweepKernels kKernels{DeviceKind::gpu, load_rows,   accumulate_chunk, softmax_chunk, target_pass,
+                                finish_classes,  finish_rows, run_lanes,        prepare_buffer};
 
 ForwardTuple linear_margin_forward_cuda(
     TORCHMARGIN_LINEAR_PARAMETERS,

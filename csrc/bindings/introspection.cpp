@@ -2,10 +2,13 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <array>
 #include <sstream>
 #include <stdexcept>
 
 #include "sweep/chunk_plan.h"
+#include "sweep/operands.h"
 #include "sweep/settings.h"
 #include "torchmargin/torchmargin.h"
 
@@ -20,6 +23,31 @@ c10::DeviceType parse_device(const std::string& device_type) {
     return c10::DeviceType::CUDA;
   }
   throw std::invalid_argument("torchmargin: expected device type 'cpu' or 'cuda', but got '" + device_type + "'");
+}
+
+struct Dtype {
+  const char* name;
+  c10::ScalarType type;
+};
+constexpr std::array<Dtype, 4> kDtypes{
+    {{"float64", c10::ScalarType::Double},
+     {"float32", c10::ScalarType::Float},
+     {"float16", c10::ScalarType::Half},
+     {"bfloat16", c10::ScalarType::BFloat16}}};
+
+const char* name_of(c10::ScalarType type) {
+  return std::find_if(kDtypes.begin(), kDtypes.end(), [&](const Dtype& dtype) { return dtype.type == type; })->name;
+}
+
+c10::ScalarType parse_dtype(const char* argument, const std::string& name) {
+  for (const Dtype& dtype : kDtypes) {
+    if (name == dtype.name) {
+      return dtype.type;
+    }
+  }
+  throw std::invalid_argument(
+      std::string("torchmargin: expected ") + argument + " float64, float32, bfloat16 or float16, but got '" + name +
+      "'");
 }
 
 } // namespace
@@ -58,11 +86,17 @@ Plan choose_plan(
     int64_t features,
     int64_t classes,
     const std::string& dtype,
-    const std::string& device_type) {
-  const bool half = dtype == "float16" || dtype == "bfloat16";
-  if (!half && dtype != "float32" && dtype != "float64") {
-    throw std::invalid_argument(
-        "torchmargin: expected dtype float64, float32, bfloat16 or float16, but got '" + dtype + "'");
+    const std::string& device_type,
+    const std::string& compute_dtype) {
+  const c10::ScalarType scalar = parse_dtype("dtype", dtype);
+  std::optional<c10::ScalarType> compute;
+  if (!compute_dtype.empty()) {
+    compute = parse_dtype("compute_dtype", compute_dtype);
+    if (scalar != c10::ScalarType::Float || compute == c10::ScalarType::Double) {
+      throw std::invalid_argument(
+          "torchmargin: expected compute_dtype float16, bfloat16 or float32, with dtype float32 only, but got '" +
+          compute_dtype + "' with '" + dtype + "'");
+    }
   }
   if (rows < 0 || features < 1 || classes < 1) {
     throw std::invalid_argument("torchmargin: expected B >= 0, D >= 1 and C >= 1");
@@ -72,13 +106,16 @@ Plan choose_plan(
     throw std::invalid_argument("torchmargin: this build has no CUDA kernels to plan for");
   }
   const int64_t limit = get_workspace_limit(device_type);
+  const OperandFormat operands = choose_operands(cpu ? DeviceKind::cpu : DeviceKind::gpu, scalar, compute);
+  const c10::ScalarType acc = product_dtype(scalar);
   const SweepSizes sizes{
       rows,
       features,
       classes,
-      dtype == "float64" ? 8 : 4,
-      half,
-      half,
+      static_cast<int64_t>(c10::elementSize(acc)),
+      static_cast<int64_t>(c10::elementSize(operands.dtype)),
+      /*convert_weight=*/operands.unit || operands.dtype != scalar,
+      /*widen_gradients=*/acc != scalar,
       cpu ? at::get_num_threads() : 1,
       cpu ? kCpuTile : kGpuTile};
   const ChunkPlan plan = choose_chunk_plan(sizes, limit);
@@ -87,6 +124,8 @@ Plan choose_plan(
       plan.lanes,
       plan.row_tile,
       plan.class_chunk,
+      plan.input_splits,
+      name_of(operands.dtype),
       plan.kept_classes,
       plan.scratch_bytes,
       limit,

@@ -15,6 +15,8 @@ struct Plan {
   int64_t lanes;
   int64_t row_tile;
   int64_t class_chunk;
+  int64_t input_splits;
+  std::string operand_dtype; // "float32", ...: what the products read
   int64_t kept_classes;
   int64_t scratch_bytes;
   int64_t workspace_limit;
@@ -28,8 +30,13 @@ TORCHMARGIN_API std::vector<std::string> cuda_architectures();
 // device_type is "cpu" or "cuda"; anything else, or bytes < 1, is std::invalid_argument.
 TORCHMARGIN_API int64_t get_workspace_limit(const std::string& device_type);
 TORCHMARGIN_API void set_workspace_limit(const std::string& device_type, int64_t bytes);
-// dtype is "float64", "float32", "bfloat16" or "float16".
-TORCHMARGIN_API Plan
-choose_plan(int64_t rows, int64_t features, int64_t classes, const std::string& dtype, const std::string& device_type);
+// dtype is "float64", "float32", "bfloat16" or "float16"; compute_dtype one of the last three, or empty.
+TORCHMARGIN_API Plan choose_plan(
+    int64_t rows,
+    int64_t features,
+    int64_t classes,
+    const std::string& dtype,
+    const std::string& device_type,
+    const std::string& compute_dtype);
 
 } // namespace torchmargin::bindings

@@ -15,13 +15,16 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_workspace_limit", &set_workspace_limit, pybind11::arg("device_type"), pybind11::arg("bytes"));
   module.def(
       "plan",
-      [](int64_t rows, int64_t features, int64_t classes, const std::string& dtype, const std::string& device_type) {
-        const Plan plan = choose_plan(rows, features, classes, dtype, device_type);
+      [](int64_t rows, int64_t features, int64_t classes, const std::string& dtype, const std::string& device_type,
+         const std::string& compute_dtype) {
+        const Plan plan = choose_plan(rows, features, classes, dtype, device_type, compute_dtype);
         pybind11::dict result;
         result["path"] = plan.path;
         result["lanes"] = plan.lanes;
         result["row_tile"] = plan.row_tile;
         result["class_chunk"] = plan.class_chunk;
+        result["input_splits"] = plan.input_splits;
+        result["operand_dtype"] = plan.operand_dtype;
         result["kept_classes"] = plan.kept_classes;
         result["scratch_bytes"] = plan.scratch_bytes;
         result["workspace_limit"] = plan.workspace_limit;
@@ -29,5 +32,5 @@ PYBIND11_MODULE(_C, module) {
         return result;
       },
       pybind11::arg("rows"), pybind11::arg("features"), pybind11::arg("classes"), pybind11::arg("dtype"),
-      pybind11::arg("device_type"));
+      pybind11::arg("device_type"), pybind11::arg("compute_dtype"));
 }

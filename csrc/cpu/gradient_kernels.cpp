@@ -17,10 +17,10 @@ void finish_plain_class(const FinishClassesArgs& args, int64_t local) {
   const int64_t features = args.context.features;
   const T inverse = args.context.normalize_weight ? static_cast<const T*>(args.inverse_norms)[local] : T(0);
   row_kernels<T>().project_row(
-      static_cast<const T*>(args.products) + local * features,
-      static_cast<const T*>(args.weight) + local * args.weight_row_stride,
+      static_cast<const T*>(args.products) + local * args.products_row_stride,
+      static_cast<const T*>(args.weight.data) + local * args.weight.row_stride,
       static_cast<T*>(args.grad_weight) + local * features, features, inverse,
-      static_cast<T>(1.0 / *args.operand_scale));
+      static_cast<T>(1.0 / *args.products_scale));
 }
 
 } // namespace
@@ -47,7 +47,7 @@ void finish_classes_range(const FinishClassesArgs& args, c10::ScalarType acc, in
         if (rows.begin == rows.end && args.input_sum == nullptr) {
           finish_plain_class<T>(args, j);
         } else {
-          finish_class<decltype(scalar), T>(args, j, rows, scratch.data(), args.context.features, Alone());
+          finish_class<decltype(scalar), T, T, T>(args, j, rows, scratch.data(), args.context.features, Alone());
         }
       }
     });

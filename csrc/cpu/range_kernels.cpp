@@ -14,11 +14,13 @@ namespace torchmargin::cpu {
 namespace {
 
 template <typename T>
-LogitMap<T> logit_map(const LogitsTile& tile, int64_t first) {
-  const T* const norms = static_cast<const T*>(tile.inverse_norms);
+LogitMap<T> logit_map(const LogitsTile& tile, int64_t row, int64_t first) {
+  const T* const factors = static_cast<const T*>(tile.class_factors);
   const T* const bias = static_cast<const T*>(tile.bias);
+  const T row_factor = tile.row_factors != nullptr ? static_cast<const T*>(tile.row_factors)[row] : T(1);
   return {
-      static_cast<T>(tile.scale), norms != nullptr ? norms + first : nullptr, bias != nullptr ? bias + first : nullptr};
+      static_cast<T>(tile.scale) * row_factor, factors != nullptr ? factors + first : nullptr,
+      bias != nullptr ? bias + first : nullptr};
 }
 
 // The target's column within the tile; class_count if it is not there.
@@ -33,25 +35,32 @@ void load_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begi
   with_acc(acc, [&](auto zero) {
     using T = decltype(zero);
     const RowKernels<T>& kernels = row_kernels<T>();
-    T* const rows = static_cast<T*>(args.rows);
+    const T* const rows = static_cast<const T*>(args.rows.data);
     T* const inverse_norms = static_cast<T*>(args.inverse_norms);
     const double operand_scale = args.operand_scale != nullptr ? *args.operand_scale : 1.0;
     for (int64_t i = begin; i < end; ++i) {
-      T* const row = rows + i * args.row_stride;
-      double factor = args.normalize ? inverse_norm(kernels.squared_norm(row, args.features)) : 1.0;
+      const T* const row = rows + i * args.rows.row_stride;
+      const double inverse = args.normalize ? inverse_norm(kernels.squared_norm(row, args.features)) : 1.0;
       if (inverse_norms != nullptr) {
-        inverse_norms[i] = static_cast<T>(factor);
+        inverse_norms[i] = static_cast<T>(inverse);
       }
-      if (!args.scale_in_place) {
+      if (args.out == nullptr) {
         continue;
       }
-      const double given = args.row_factor != nullptr ? args.row_factor[i] * operand_scale : 1.0;
+      T* const out = static_cast<T*>(args.out) + i * args.out_row_stride;
+      const double given = args.row_factor != nullptr ? args.row_factor[i] * operand_scale : operand_scale;
       // NB: a row without a gradient is 0 even if it holds NaN; one with next to none
       // would make the products denormal, and those are slow.
-      if (given == 0.0 || (args.operand_scale != nullptr && std::fabs(given) < 0x1p-90)) {
-        std::fill(row, row + args.features, T(0));
-      } else if (factor * given != 1.0) {
-        kernels.scale_row(row, args.features, factor * given);
+      if (given == 0.0 || (args.row_factor != nullptr && args.operand_scale != nullptr && std::fabs(given) < 0x1p-90)) {
+        std::fill(out, out + args.features, T(0));
+        continue;
+      }
+      if (out != row) {
+        std::copy(row, row + args.features, out);
+      }
+      const double factor = args.unit ? inverse * given : given;
+      if (factor != 1.0) {
+        kernels.scale_row(out, args.features, factor);
       }
     }
   });
@@ -61,12 +70,14 @@ void load_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begi
 void sum_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
   with_acc(acc, [&](auto zero) {
     using T = decltype(zero);
-    const T* const rows = static_cast<const T*>(args.rows);
-    const T* const weights =
-        args.scale_in_place || !args.normalize ? nullptr : static_cast<const T*>(args.inverse_norms);
+    const T* const rows = static_cast<const T*>(args.rows.data);
+    const T* const norms = args.normalize ? static_cast<const T*>(args.inverse_norms) : nullptr;
     for (int64_t i = 0; i < args.row_count; ++i) {
-      const double factor = weights != nullptr ? static_cast<double>(weights[i]) : 1.0;
-      row_kernels<T>().add_row(args.sum + begin, rows + i * args.row_stride + begin, end - begin, factor);
+      const double given = args.row_factor != nullptr ? args.row_factor[i] : 1.0;
+      if (given != 0.0) {
+        const double factor = norms != nullptr ? given * static_cast<double>(norms[i]) : given;
+        row_kernels<T>().add_row(args.sum + begin, rows + i * args.rows.row_stride + begin, end - begin, factor);
+      }
     }
   });
 }
@@ -82,8 +93,8 @@ void accumulate_range(const AccumulateChunkArgs& args, c10::ScalarType acc, int6
       double maximum = args.maximum[i];
       const auto add = [&](int64_t first, int64_t last) {
         for (; first < last; first += kBlock) {
-          const BlockSum block =
-              kernels.sum_block(dots + first, std::min(kBlock, last - first), logit_map<T>(tile, first), args.bounded);
+          const BlockSum block = kernels.sum_block(
+              dots + first, std::min(kBlock, last - first), logit_map<T>(tile, i, first), args.bounded);
           total.combine({block.shift, block.sum});
           maximum = std::max(maximum, block.maximum);
         }
@@ -104,14 +115,14 @@ void softmax_range(const SoftmaxChunkArgs& args, c10::ScalarType acc, int64_t be
     const LogitsTile& tile = args.tile;
     const RowKernels<T>& kernels = row_kernels<T>();
     for (int64_t i = begin; i < end; ++i) {
-      T* const out = static_cast<T*>(args.out) + i * tile.class_count;
+      T* const out = static_cast<T*>(args.out) + i * args.out_row_stride;
       if (args.upstream[i] == 0.0) {
         std::fill(out, out + tile.class_count, T(0));
         continue;
       }
       kernels.softmax_row(
-          static_cast<const T*>(tile.logits) + i * tile.row_stride, out, tile.class_count, logit_map<T>(tile, 0),
-          static_cast<const T*>(args.other_lse)[i], args.times_inverse_norms && tile.inverse_norms != nullptr);
+          static_cast<const T*>(tile.logits) + i * tile.row_stride, out, tile.class_count, logit_map<T>(tile, i, 0),
+          static_cast<const T*>(args.other_lse)[i], args.times_class_factors && tile.class_factors != nullptr);
       const int64_t column = target_column(tile, i);
       if (column < tile.class_count) {
         out[column] = T(0);

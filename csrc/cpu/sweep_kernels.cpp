@@ -26,7 +26,7 @@ void in_parallel(
 }
 
 void load_rows(const LoadRowsArgs& args, c10::ScalarType acc) {
-  if (args.inverse_norms != nullptr || args.scale_in_place) {
+  if (args.inverse_norms != nullptr || args.out != nullptr) {
     in_parallel(args, acc, args.row_count, grain(args.features), load_rows_range);
   }
   if (args.sum != nullptr) {
@@ -82,8 +82,8 @@ void prepare_buffer(void* data, int64_t bytes) {
 } // namespace
 
 const SweepKernels& sweep_kernels() {
-  static constexpr SweepKernels kernels{load_rows,      accumulate_chunk, softmax_chunk, target_pass,
-                                        finish_classes, finish_rows,      run_lanes,     prepare_buffer};
+  static constexpr SweepKernels kernels{DeviceKind::cpu, load_rows,   accumulate_chunk, softmax_chunk, target_pass,
+                                        finish_classes,  finish_rows, run_lanes,        prepare_buffer};
   return kernels;
 }
 

@@ -27,7 +27,10 @@ int64_t choose_kept_classes(const LinearProblem& problem) {
   if (!backward_will_come || !rows || !features || !classes) {
     return 0;
   }
-  const SweepSizes sizes = sweep_sizes(*rows, *features, *classes, problem.weight);
+  const at::Tensor& weight = problem.weight;
+  const DeviceKind device = weight.is_cuda() ? DeviceKind::gpu : DeviceKind::cpu;
+  const SweepSizes sizes = sweep_sizes(
+      *rows, *features, *classes, weight, device, choose_operands(device, weight.scalar_type(), problem.compute_dtype));
   return choose_chunk_plan(sizes, workspace_limit(problem.input.device().type())).kept_classes;
 }
 

@@ -5,38 +5,39 @@
 #include <ATen/TensorOperators.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 #include <vector>
 
 #include "sweep/class_loop.h"
 #include "sweep/class_sweep.h"
+#include "sweep/products.h"
 
 namespace torchmargin {
 namespace {
 
-// The upstream gradients of all rows in float64, and the power of two that brings the
-// largest gradient of other_lse to [1/2, 1): gradients scaled by 2^k then pass through the
-// same products bit for bit, and tiny ones do not make them denormal.
+// The upstream gradients of all rows in float64.
 struct UpstreamVectors {
   at::Tensor other_lse; // g_o [B], 0 where there is no other class
   at::Tensor target_logit; // T [B]
   at::Tensor logit_sum; // g_Z [B], or [0]
-  at::Tensor operand_scale; // [1]
 
   Upstream pointers() const {
     return {pointer<double>(other_lse), pointer<double>(target_logit), pointer<double>(logit_sum)};
   }
 };
 
-at::Tensor power_of_two_scale(const ClassLoop& loop, const at::Tensor& gradient) {
+// The power of two that brings the largest size to [least / 2, least), [1]: gradients scaled by 2^k then pass through
+// the same products bit for bit, and tiny ones do not make them denormal. 1 where there is no such power.
+at::Tensor power_of_two_scale(const ClassLoop& loop, const at::Tensor& sizes, double least) {
   const at::Tensor one = loop.double_zeros({1}).fill_(1.0);
   if (loop.sizes().rows == 0) {
     return one;
   }
-  const at::Tensor largest = gradient.abs().max().view({1});
+  const at::Tensor largest = sizes.abs().max().view({1});
   // mantissa / largest is 2^-exponent, exactly.
-  const at::Tensor scale = std::get<0>(at::frexp(largest)) / largest;
+  const at::Tensor scale = std::get<0>(at::frexp(largest)) / largest * least;
   return at::where(at::isfinite(scale).logical_and(largest > 0), scale, one);
 }
 
@@ -56,7 +57,6 @@ UpstreamVectors widen_upstream(const ClassLoop& loop, const BackwardRequest& req
   }
   const at::Tensor present = loop.target().ge(0).logical_and(loop.target().lt(loop.sizes().classes));
   upstream.target_logit = at::where(present, upstream.target_logit, none);
-  upstream.operand_scale = power_of_two_scale(loop, upstream.other_lse);
   return upstream;
 }
 
@@ -70,39 +70,44 @@ UpstreamVectors logits_upstream(const ClassLoop& loop, const at::Tensor& grad_lo
   upstream.other_lse = grad_logits.ne(0).any(1).to(at::kDouble);
   upstream.target_logit = at::where(present, grad_logits.gather(1, place).squeeze(1).to(at::kDouble), none);
   upstream.logit_sum = loop.double_zeros({0});
-  upstream.operand_scale = loop.double_zeros({1}).fill_(1.0);
   return upstream;
 }
 
 // One lane's workspace.
 struct Lane {
-  at::Tensor scratch; // [row_tile * class_chunk] acc
-  at::Tensor weight_buffer; // [class_chunk, D] acc, if weights are converted
+  at::Tensor logits; // a tile of raw products, acc
+  at::Tensor softmax; // a tile of operands; the logits' memory if they are acc
+  at::Tensor weight_buffer; // [class_chunk, D], if weights are converted
   at::Tensor weight_products; // [class_chunk, D] acc
-  at::Tensor input_products; // [B, D] acc, this lane's part of V
+  at::Tensor input_products; // [splits, B, D] acc, this lane's parts of V
 };
 
 class BackwardSweep {
  public:
-  BackwardSweep(const LinearProblem& problem, const BackwardRequest& request, const SweepKernels& kernels)
+  BackwardSweep(
+      const LinearProblem& problem,
+      const BackwardRequest& request,
+      const SweepKernels& kernels,
+      Operands operands = Operands::as_allowed)
       : problem_(problem),
         request_(request),
         kernels_(kernels),
-        loop_(problem, kernels),
+        loop_(problem, kernels, operands),
         sizes_(loop_.sizes()),
         want_input_(request.wanted[0]),
         want_weight_(request.wanted[1]),
         want_bias_(request.wanted[2] && problem.bias.has_value()),
-        kept_classes_(request.kept.size(1)),
+        kept_classes_(std::min(request.kept.size(1), sizes_.classes)),
         upstream_(widen_upstream(loop_, request)) {}
 
-  // For margin_logits: `grad_logits` [B, C] instead of the upstream gradients of `request`.
+  // For margin_logits: `grad_logits` [B, C] instead of the upstream gradients of `request`. They may have any
+  // range, so they are multiplied in acc.
   BackwardSweep(
       const LinearProblem& problem,
       const BackwardRequest& request,
       const at::Tensor& grad_logits,
       const SweepKernels& kernels)
-      : BackwardSweep(problem, request, kernels) {
+      : BackwardSweep(problem, request, kernels, Operands::wide) {
     grad_logits_ = grad_logits;
     upstream_ = logits_upstream(loop_, grad_logits);
   }
@@ -113,9 +118,6 @@ class BackwardSweep {
       sum_input();
       load_operands();
       loop_.for_each_chunk(kept_classes_, [&](int64_t lane, Range classes) { sweep_chunk(lanes_[lane], classes); });
-      for (size_t lane = 1; want_input_ && lane < lanes_.size(); ++lane) {
-        lanes_[0].input_products.add_(lanes_[lane].input_products);
-      }
     }
     return finish();
   }
@@ -124,14 +126,16 @@ class BackwardSweep {
   void allocate() {
     lanes_.resize(loop_.plan().lanes);
     for (Lane& lane : lanes_) {
-      lane.scratch = loop_.empty({loop_.plan().row_tile * loop_.plan().class_chunk});
+      lane.logits = loop_.tile_buffer(loop_.acc());
+      lane.softmax = narrow_ ? loop_.tile_buffer(loop_.operands().dtype) : lane.logits;
       lane.weight_buffer = loop_.weight_buffer();
       if (want_input_) {
-        lane.input_products = loop_.empty({sizes_.rows, sizes_.features}).zero_();
+        lane.input_products = loop_.empty({loop_.plan().input_splits, sizes_.rows, sizes_.features}).zero_();
       }
       if (want_weight_) {
         // NB: not grad_weight itself: a product that writes fresh memory waits for its pages.
-        lane.weight_products = loop_.empty({loop_.plan().class_chunk, sizes_.features});
+        lane.weight_products =
+            columns_of(loop_.empty({loop_.plan().class_chunk, sizes_.padded(sizes_.features)}), {0, sizes_.features});
       }
     }
     if (want_weight_) {
@@ -139,7 +143,6 @@ class BackwardSweep {
     }
     if (want_bias_) {
       bias_products_ = loop_.empty({sizes_.classes}).zero_();
-      bias_factor_ = (upstream_.other_lse * upstream_.operand_scale).to(loop_.acc());
     }
     if (want_weight_ || want_bias_) {
       std::tie(sorted_target_, sorted_row_) =
@@ -154,22 +157,47 @@ class BackwardSweep {
     }
     logit_sum_total_ = upstream_.logit_sum.sum();
     input_sum_ = loop_.double_zeros({sizes_.features});
-    const RowOperand weighted(
-        loop_, pointer<double>(upstream_.logit_sum), /*operand_scale=*/nullptr, pointer<double>(input_sum_));
-    if (!loop_.plan().whole_operands(sizes_.rows)) {
-      loop_.for_each_tile([&](Range rows) { weighted.tile(rows); });
-    }
+    input_inverse_norms(loop_, pointer<double>(upstream_.logit_sum), pointer<double>(input_sum_));
   }
 
   // A for products that were not kept, and A times the upstream gradient.
   void load_operands() {
-    if (kept_classes_ < sizes_.classes && !grad_logits_.has_value()) {
-      input_.emplace(loop_, /*factor=*/nullptr, /*operand_scale=*/nullptr);
+    if (!grad_logits_.has_value()) {
+      row_factors_ = row_factors(loop_);
+      if (kept_classes_ < sizes_.classes) {
+        input_.emplace(loop_);
+      }
     }
+    const at::Tensor weight_factor = upstream_.other_lse * problem_.margin.scale;
+    operand_scale_ = choose_operand_scale(weight_factor);
+    weight_products_scale_ = operand_scale_ * loop_.operands().softmax_scale;
     if (want_weight_) {
-      weight_factor_ = upstream_.other_lse * problem_.margin.scale;
-      weighted_input_.emplace(loop_, pointer<double>(weight_factor_), pointer<double>(upstream_.operand_scale));
+      weight_factor_ = weight_factor;
+      weighted_input_.emplace(loop_, pointer<double>(weight_factor_), pointer<double>(operand_scale_));
     }
+    if (want_bias_) {
+      bias_factor_ = (upstream_.other_lse * operand_scale_).to(loop_.operands().dtype);
+    }
+  }
+
+  // The factor of both operands of grad_weight and grad_bias. acc: of the upstream gradient alone.
+  at::Tensor choose_operand_scale(const at::Tensor& weight_factor) const {
+    if (grad_logits_.has_value()) {
+      return loop_.double_zeros({1}).fill_(1.0);
+    }
+    at::Tensor largest = upstream_.other_lse;
+    if (loop_.operands().unit) { // what must fit into float16 are the rows
+      largest = weight_factor.abs();
+      if (!problem_.normalize_input) {
+        const at::Tensor inverse = input_inverse_norms(loop_);
+        // NB: a row without an upstream gradient counts for nothing, whatever its length.
+        largest = at::where(largest.eq(0).logical_or(inverse.eq(0)), loop_.double_zeros({}), largest / inverse);
+      }
+      if (want_bias_) {
+        largest = at::maximum(largest, upstream_.other_lse.abs());
+      }
+    }
+    return power_of_two_scale(loop_, largest, loop_.operands().largest_row);
   }
 
   void sweep_chunk(Lane& lane, Range classes) {
@@ -188,11 +216,10 @@ class BackwardSweep {
         multiply_bias(rows, classes, softmax);
       }
       if (want_input_) {
-        rows_of(lane.input_products, rows).addmm_(softmax, weight);
+        multiply_split(lane.input_products.narrow(1, rows.begin, rows.count), softmax, weight);
       }
       if (want_weight_) {
-        const at::Tensor weighted = weighted_input_->tile(rows);
-        rows.begin == 0 ? at::mm_out(products, softmax.t(), weighted) : products.addmm_(softmax.t(), weighted);
+        multiply(products, softmax.t(), weighted_input_->tile(rows), /*accumulate=*/rows.begin > 0);
       }
     });
     if (want_weight_ || want_bias_) {
@@ -200,51 +227,67 @@ class BackwardSweep {
     }
   }
 
-  // Q of a tile (times 1 / |w_j| where classes are normalised), in the scratch.
+  // Q of a tile (times 1 / |w_j| where the products need it) as an operand.
   at::Tensor softmax_tile(const Lane& lane, Range rows, Range classes, const at::Tensor& weight) {
-    at::Tensor softmax = matrix_in(lane.scratch, rows.count, classes.count);
-    at::Tensor logits = softmax;
+    const at::Tensor softmax = loop_.tile_in(lane.softmax, rows, classes);
+    at::Tensor logits;
     if (classes.begin < kept_classes_) {
       logits = columns_of(rows_of(request_.kept, rows), classes); // read only
     } else {
-      at::mm_out(logits, input_->tile(rows), weight.t());
+      logits = loop_.tile_in(lane.logits, rows, classes);
+      multiply(logits, input_->tile(rows), weight.t());
     }
     // The bias alone needs Q itself; see multiply_bias.
-    const bool times_inverse_norms = problem_.normalize_weight && !want_bias_;
     kernels_.softmax_chunk(
-        {loop_.describe(logits, rows, classes, request_.inverse_norms), rows_of(request_.other_lse, rows).data_ptr(),
-         rows_of(upstream_.other_lse, rows).data_ptr<double>(), times_inverse_norms, softmax.data_ptr()},
+        {loop_.describe(logits, rows, classes, request_.inverse_norms, row_factors_),
+         rows_of(request_.other_lse, rows).data_ptr(), rows_of(upstream_.other_lse, rows).data_ptr<double>(),
+         /*times_class_factors=*/!want_bias_, softmax.data_ptr(), softmax.stride(0), softmax.scalar_type(),
+         loop_.operands().softmax_scale},
         loop_.acc());
     return softmax;
   }
 
   // The upstream gradients of a tile, 0 at the target, in the place of Q.
   at::Tensor grad_logits_tile(const Lane& lane, Range rows, Range classes) const {
-    at::Tensor tile = matrix_in(lane.scratch, rows.count, classes.count);
+    at::Tensor tile = loop_.tile_in(lane.softmax, rows, classes);
     tile.copy_(columns_of(rows_of(*grad_logits_, rows), classes));
     const at::Tensor columns = at::arange(classes.begin, classes.begin + classes.count, loop_.target().options());
     tile.masked_fill_(columns.unsqueeze(0).eq(rows_of(loop_.target(), rows).unsqueeze(1)), 0.0);
-    if (problem_.normalize_weight && !want_bias_) {
-      tile.mul_(rows_of(request_.inverse_norms, classes));
+    if (!want_bias_) {
+      multiply_by_class_factors(tile, classes);
     }
     return tile;
   }
 
   void multiply_bias(Range rows, Range classes, const at::Tensor& softmax) {
-    rows_of(bias_products_, classes).addmv_(softmax.t(), rows_of(bias_factor_, rows));
-    if (problem_.normalize_weight) {
-      softmax.mul_(rows_of(request_.inverse_norms, classes));
+    const at::Tensor products = rows_of(bias_products_, classes);
+    const at::Tensor factor = rows_of(bias_factor_, rows);
+    if (narrow_) {
+      multiply(products.unsqueeze(1), softmax.t(), factor.unsqueeze(1), /*accumulate=*/true);
+    } else {
+      products.addmv_(softmax.t(), factor);
+    }
+    multiply_by_class_factors(softmax, classes);
+  }
+
+  void multiply_by_class_factors(const at::Tensor& softmax, Range classes) const {
+    const at::Tensor factors = loop_.class_factors(classes, request_.inverse_norms);
+    if (factors.defined()) {
+      softmax.mul_(factors);
     }
   }
 
   void finish_chunk(Range classes, const at::Tensor& weight, const at::Tensor& products) {
-    const bool in_place = sizes_.widen_gradients;
+    const bool gpu = kernels_.device == DeviceKind::gpu; // reads and writes the weight's dtype
+    const bool in_place = sizes_.widen_gradients && !gpu;
     const at::Tensor to = !want_weight_ || in_place ? products : rows_of(grad_weight_, classes);
     kernels_.finish_classes(
-        {loop_.context(), upstream_.pointers(), classes.begin, classes.count, pointer(products), pointer(to),
-         weight.data_ptr(), weight.stride(0),
+        {loop_.context(), upstream_.pointers(), classes.begin, classes.count, pointer(products),
+         want_weight_ ? products.stride(0) : 0,
+         /*products_lack_norms=*/loop_.operands().unit && problem_.normalize_weight, pointer(to),
+         raw_matrix(gpu ? rows_of(problem_.weight, classes) : weight),
          problem_.normalize_weight ? rows_of(request_.inverse_norms, classes).data_ptr() : nullptr,
-         want_bias_ ? rows_of(bias_products_, classes).data_ptr() : nullptr, upstream_.operand_scale.data_ptr<double>(),
+         want_bias_ ? rows_of(bias_products_, classes).data_ptr() : nullptr, weight_products_scale_.data_ptr<double>(),
          pointer<double>(input_sum_), pointer<double>(logit_sum_total_), pointer<int64_t>(sorted_target_),
          pointer<int64_t>(sorted_row_), sizes_.rows},
         loop_.acc());
@@ -253,17 +296,32 @@ class BackwardSweep {
     }
   }
 
+  // V of all rows, times the scale that is left in it: the sum of lanes and slices, in order.
+  at::Tensor sum_input_products() {
+    const at::Tensor total = lanes_[0].input_products.select(0, 0);
+    for (const Lane& lane : lanes_) {
+      for (int64_t split = &lane == &lanes_[0] ? 1 : 0; split < lane.input_products.size(0); ++split) {
+        total.add_(lane.input_products.select(0, split));
+      }
+    }
+    return total;
+  }
+
   Gradients finish() {
     const auto sample_gradient = [&](size_t index, const std::optional<at::Tensor>& sample) {
       return request_.wanted[index] && sample.has_value() ? loop_.double_zeros({sizes_.rows}) : at::Tensor();
     };
     const at::Tensor grad_m2 = sample_gradient(3, problem_.sample_m2);
     const at::Tensor grad_m3 = sample_gradient(4, problem_.sample_m3);
-    const at::Tensor input_products = want_input_ ? lanes_[0].input_products : at::Tensor();
+    const at::Tensor input_products = want_input_ ? sum_input_products() : at::Tensor();
+    at::Tensor input_products_scale = loop_.double_zeros({1}).fill_(loop_.operands().softmax_scale);
+    if (loop_.weight_scale().defined()) {
+      input_products_scale.mul_(loop_.weight_scale());
+    }
     kernels_.finish_rows(
         {loop_.context(), upstream_.pointers(), sizes_.rows,
          request_.grad_logit_sum.has_value() ? pointer<double>(request_.weight_sum) : nullptr, pointer(input_products),
-         pointer<double>(grad_m2), pointer<double>(grad_m3)},
+         input_products_scale.data_ptr<double>(), pointer<double>(grad_m2), pointer<double>(grad_m3)},
         loop_.acc());
     const auto returned = [&](const at::Tensor& gradient, const std::optional<at::Tensor>& of) {
       return gradient.defined() ? gradient.to(of->scalar_type()) : at::empty({0}, problem_.input.options());
@@ -281,14 +339,18 @@ class BackwardSweep {
   const SweepSizes& sizes_;
   const bool want_input_, want_weight_, want_bias_;
   const int64_t kept_classes_;
+  const bool narrow_ = loop_.operands().dtype != loop_.acc(); // 16-bit operands
   UpstreamVectors upstream_;
   std::optional<at::Tensor> grad_logits_; // [B, C] acc
 
   std::vector<Lane> lanes_;
   std::optional<RowOperand> input_; // A
+  at::Tensor row_factors_; // [B] acc, or undefined
+  at::Tensor operand_scale_; // [1]
   std::optional<RowOperand> weighted_input_; // operand_scale scale g_o A
   at::Tensor weight_factor_; // [B] scale g_o
-  at::Tensor bias_factor_; // [B] acc, operand_scale g_o
+  at::Tensor bias_factor_; // [B] operand_scale g_o, as an operand
+  at::Tensor weight_products_scale_; // [1] of the products of grad_weight and grad_bias
   at::Tensor bias_products_; // [C] acc, becomes grad_bias
   at::Tensor grad_weight_; // [C, D]
   at::Tensor input_sum_; // R [D]
@@ -306,9 +368,11 @@ void check_request(const LinearProblem& problem, const BackwardRequest& request)
   check_shape(op, "grad_logit_sum", request.grad_logit_sum, {rows});
   check_shape(op, "other_lse", request.other_lse, {rows});
   check_shape(op, "inverse_norms", request.inverse_norms, {problem.normalize_weight ? classes : 0});
+  const int64_t kept = request.kept.dim() == 2 ? request.kept.size(1) : -1;
   TORCH_CHECK(
-      request.kept.dim() == 2 && request.kept.size(0) == rows && request.kept.size(1) <= classes, op,
-      ": expected kept to have shape [", rows, ", at most ", classes, "], but got ", request.kept.sizes());
+      request.kept.dim() == 2 && request.kept.size(0) == rows &&
+          (kept <= classes || kept == kept_columns(classes, classes)),
+      op, ": expected kept to have shape [", rows, ", at most ", classes, "], but got ", request.kept.sizes());
   if (request.grad_logit_sum.has_value()) {
     check_shape(op, "weight_sum", request.weight_sum, {problem.input.size(1)});
   }

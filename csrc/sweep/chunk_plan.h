@@ -8,28 +8,47 @@
 
 namespace torchmargin {
 
-// The tile that a device likes best.
+// What suits a device.
 struct TilePreference {
   int64_t rows;
   int64_t elements; // rows x classes
+  int64_t weight_elements; // classes x features
   int64_t classes;
+  int64_t alignment; // of rows of the workspace, in elements: 16 bytes of the narrowest operand
+  int64_t output_tiles; // of kOutputTile^2 that a product should have, 0: it does not matter
 };
+constexpr int64_t kOutputTile = 128;
 
 // On the CPU a tile of 256 x 512 float32 logits, its operands and its gradients stay in the last
 // cache levels, and the products run at the speed of the whole one (docs/design.md).
-constexpr TilePreference kCpuTile{256, 256 * 512, 4096};
-// On a GPU 24 MiB of float32 logits stay in the L2 cache between product and fused pass.
-constexpr TilePreference kGpuTile{4096, 6 << 20, 1 << 16};
+constexpr TilePreference kCpuTile{256, 256 * 512, int64_t{1} << 40, 4096, 1, 0};
+// On a GPU 24 MiB of float32 logits stay in the L2 cache between product and fused pass, and so do
+// 16 MiB of weight gradients.
+constexpr TilePreference kGpuTile{4096, 6 << 20, 4 << 20, 1 << 16, 8, 128};
+constexpr int64_t kMostSplits = 8;
+constexpr int64_t kSmallestSplit = 256; // classes
+
+// Columns of the matrix [B, columns] that holds the kept products: all classes' rows begin at 32 bytes.
+template <typename Size>
+Size kept_columns(Size kept_classes, Size classes) {
+  return kept_classes == classes ? (classes + 7) / 8 * 8 : kept_classes;
+}
 
 struct SweepSizes {
   int64_t rows; // B
   int64_t features; // D
   int64_t classes; // C
   int64_t acc_bytes; // size of an element of a product: 8 for float64, else 4
+  int64_t operand_bytes; // of what a product reads: acc_bytes, or 2
   bool convert_weight; // weight chunks are copied (16-bit, or strides that a product cannot read)
   bool widen_gradients; // gradients are summed in acc before they are rounded (16-bit)
   int64_t threads; // that can sweep side by side; 1 where the device works on one chunk at a time
   TilePreference preferred = kCpuTile;
+
+  // The row length of a workspace matrix with `columns` columns.
+  int64_t padded(int64_t columns) const {
+    return (columns + preferred.alignment - 1) / preferred.alignment * preferred.alignment;
+  }
 };
 
 struct ChunkPlan {
@@ -38,6 +57,9 @@ struct ChunkPlan {
   int64_t lanes = 1;
   int64_t row_tile = 0; // rows in one product
   int64_t class_chunk = 0; // classes in one product
+  // grad_input's product is cut into this many slices of the chunk's classes, which are summed at the end: a product
+  // of few rows has too few output tiles for a GPU.
+  int64_t input_splits = 1;
   int64_t kept_classes = 0; // leading classes whose products the forward can keep
   int64_t scratch_bytes = 0; // the workspace without what is kept
   bool fits = false; // false: the limit is too small even for one row and one class
@@ -49,24 +71,26 @@ struct ChunkPlan {
 };
 
 // The workspace of the backward pass, which is the larger one. Each lane: a tile of
-// logits, a chunk of weight gradients, and a chunk of weights if they are converted.
-// Together: the row operand twice (plain and times the upstream gradient), and the sums
-// of input gradients that are not in the gradient itself.
+// logits, the softmax weights if they are narrower, a chunk of weight gradients, and a chunk of weights
+// if they are converted. Together: the row operand twice (plain and times the upstream gradient),
+// and the sums of input gradients that are not in the gradient itself.
 inline int64_t scratch_bytes(const SweepSizes& sizes, const ChunkPlan& plan) {
-  const int64_t weight_copies = sizes.convert_weight ? 2 : 1;
-  const int64_t lane = plan.row_tile * plan.class_chunk + weight_copies * plan.class_chunk * sizes.features;
+  const int64_t features = sizes.padded(sizes.features);
+  const int64_t logit_bytes = sizes.acc_bytes + (sizes.operand_bytes < sizes.acc_bytes ? sizes.operand_bytes : 0);
+  const int64_t weight_bytes = sizes.acc_bytes + (sizes.convert_weight ? sizes.operand_bytes : 0);
+  const int64_t lane =
+      plan.row_tile * sizes.padded(plan.class_chunk) * logit_bytes + plan.class_chunk * features * weight_bytes;
   const int64_t operand_rows = plan.whole_operands(sizes.rows) ? sizes.rows : plan.row_tile;
-  const int64_t input_sums = plan.lanes - 1 + (sizes.widen_gradients ? 1 : 0);
-  const int64_t elements =
-      plan.lanes * lane + 2 * operand_rows * sizes.features + input_sums * sizes.rows * sizes.features;
-  return elements * sizes.acc_bytes;
+  const int64_t input_sums = plan.lanes * plan.input_splits - 1 + (sizes.widen_gradients ? 1 : 0);
+  return plan.lanes * lane + 2 * operand_rows * features * sizes.operand_bytes +
+      input_sums * sizes.rows * sizes.features * sizes.acc_bytes;
 }
 
 // A lane should have a few chunks, none of them so small that its products become slow.
 constexpr int64_t kChunksPerLane = 4;
 constexpr int64_t kSmallestLaneChunk = 128;
 
-// Halves classes, then rows, then classes again until the scratch fits the budget or the
+// Gives up slices, then halves classes, then rows, then classes again until the scratch fits the budget or the
 // floors are reached.
 inline bool
 shrink_to(ChunkPlan& plan, const SweepSizes& sizes, int64_t budget, int64_t rows_floor, int64_t classes_floor) {
@@ -76,17 +100,33 @@ shrink_to(ChunkPlan& plan, const SweepSizes& sizes, int64_t budget, int64_t rows
       size = std::max(size / 2, least);
     }
   };
+  halve(plan.input_splits, 1);
   halve(plan.class_chunk, kSmallestLaneChunk);
   halve(plan.row_tile, rows_floor);
   halve(plan.class_chunk, classes_floor);
   return !too_large();
 }
 
+// Enough slices that the device has an output tile for each of its processors.
+inline int64_t choose_input_splits(const SweepSizes& sizes, const ChunkPlan& plan) {
+  if (sizes.preferred.output_tiles == 0 || sizes.rows > plan.row_tile) {
+    return 1;
+  }
+  const auto tiles = [](int64_t size) { return (size + kOutputTile - 1) / kOutputTile; };
+  const int64_t wanted = sizes.preferred.output_tiles / std::max<int64_t>(1, tiles(sizes.rows) * tiles(sizes.features));
+  return std::clamp<int64_t>(std::min(wanted, plan.class_chunk / kSmallestSplit), 1, kMostSplits);
+}
+
 inline ChunkPlan choose_chunk_plan(const SweepSizes& sizes, int64_t workspace_limit) {
   ChunkPlan largest;
   largest.row_tile = std::clamp<int64_t>(sizes.rows, 1, sizes.preferred.rows);
   largest.class_chunk = std::clamp<int64_t>(
-      sizes.preferred.elements / largest.row_tile, 1, std::min(sizes.classes, sizes.preferred.classes));
+      std::min(sizes.preferred.elements / largest.row_tile, sizes.preferred.weight_elements / sizes.features), 1,
+      std::min(sizes.classes, sizes.preferred.classes));
+  if (sizes.preferred.output_tiles > 0 && kOutputTile < largest.class_chunk && largest.class_chunk < sizes.classes) {
+    largest.class_chunk -= largest.class_chunk % kOutputTile;
+  }
+  largest.input_splits = choose_input_splits(sizes, largest);
   // Half of the limit for the scratch leaves room for what is kept; if it must, it takes all.
   ChunkPlan plan = largest;
   plan.lanes = sizes.threads;
@@ -104,7 +144,9 @@ inline ChunkPlan choose_chunk_plan(const SweepSizes& sizes, int64_t workspace_li
   plan.fits = plan.scratch_bytes <= workspace_limit;
   if (plan.fits && sizes.rows > 0) {
     const int64_t spare = (workspace_limit - plan.scratch_bytes) / (sizes.rows * sizes.acc_bytes);
-    plan.kept_classes = spare >= sizes.classes ? sizes.classes : spare - spare % plan.class_chunk;
+    const int64_t some = std::min(spare, sizes.classes - 1);
+    plan.kept_classes =
+        spare >= kept_columns(sizes.classes, sizes.classes) ? sizes.classes : some - some % plan.class_chunk;
   }
   return plan;
 }

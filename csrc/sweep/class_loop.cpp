@@ -2,9 +2,12 @@
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <limits>
+#include <tuple>
 
 #include "sweep/class_sweep.h"
 #include "sweep/raw.h"
@@ -13,10 +16,25 @@
 namespace torchmargin {
 namespace {
 
-// Can a product and the kernels read these rows as they are?
-bool reads_in_place(const at::Tensor& matrix) {
-  const bool wide = matrix.scalar_type() == acc_dtype(matrix.scalar_type());
-  return wide && matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1);
+// Can a product of such operands read these rows as they are?
+bool reads_in_place(const at::Tensor& matrix, const OperandFormat& operands) {
+  return !operands.unit && matrix.scalar_type() == operands.dtype && matrix.stride(1) == 1 &&
+      matrix.stride(0) >= matrix.size(1);
+}
+
+// The largest power of two that brings every row of the weight to a norm of at most 1, [1] float64.
+at::Tensor unit_power_of_two(const ClassLoop& loop) {
+  const at::Tensor norms = loop.empty({loop.sizes().classes});
+  const LinearProblem& p = loop.problem();
+  loop.kernels().load_rows(
+      {raw_matrix(p.weight), loop.sizes().classes, loop.sizes().features, /*normalize=*/true, /*out=*/nullptr,
+       loop.operands().dtype, /*out_row_stride=*/0, /*unit=*/false, /*row_factor=*/nullptr, /*operand_scale=*/nullptr,
+       norms.data_ptr(), /*sum=*/nullptr},
+      loop.acc());
+  const at::Tensor infinity = loop.double_zeros({}).fill_(std::numeric_limits<double>::infinity());
+  const at::Tensor smallest = at::where(norms > 0, norms.to(at::kDouble), infinity).min().view({1});
+  const at::Tensor scale = smallest / (2 * std::get<0>(at::frexp(smallest))); // 2^(exponent - 1), exactly
+  return at::where(at::isfinite(scale), scale, at::ones_like(scale));
 }
 
 // scale * log2(e) + log2(C) < 127, and no exp(-scale) below the smallest normal number.
@@ -36,30 +54,43 @@ at::Tensor columns_of(const at::Tensor& matrix, Range columns) {
   return matrix.narrow(1, columns.begin, columns.count);
 }
 
-at::Tensor matrix_in(const at::Tensor& workspace, int64_t rows, int64_t columns) {
-  return workspace.narrow(0, 0, rows * columns).view({rows, columns});
+at::Tensor matrix_in(const at::Tensor& workspace, int64_t rows, int64_t columns, int64_t row_stride) {
+  return workspace.as_strided({rows, columns}, {row_stride, 1});
 }
 
-SweepSizes sweep_sizes(int64_t rows, int64_t features, int64_t classes, const at::Tensor& weight) {
+SweepSizes sweep_sizes(
+    int64_t rows,
+    int64_t features,
+    int64_t classes,
+    const at::Tensor& weight,
+    DeviceKind device,
+    const OperandFormat& operands) {
   const at::ScalarType acc = acc_dtype(weight.scalar_type());
+  const bool cpu = device == DeviceKind::cpu;
   return {
       rows,
       features,
       classes,
       static_cast<int64_t>(c10::elementSize(acc)),
-      /*convert_weight=*/!reads_in_place(weight),
+      static_cast<int64_t>(c10::elementSize(operands.dtype)),
+      /*convert_weight=*/!reads_in_place(weight, operands),
       /*widen_gradients=*/weight.scalar_type() != acc,
-      /*threads=*/weight.is_cpu() && !at::in_parallel_region() ? at::get_num_threads() : 1,
-      /*preferred=*/weight.is_cpu() ? kCpuTile : kGpuTile};
+      /*threads=*/cpu && !at::in_parallel_region() ? at::get_num_threads() : 1,
+      /*preferred=*/cpu ? kCpuTile : kGpuTile};
 }
 
-ClassLoop::ClassLoop(const LinearProblem& problem, const SweepKernels& kernels)
+ClassLoop::ClassLoop(const LinearProblem& problem, const SweepKernels& kernels, Operands operands)
     : problem_(problem),
       kernels_(kernels),
       options_(problem.input.options().dtype(problem.acc()).requires_grad(false)),
       target_(problem.target.contiguous()),
-      sizes_(sweep_sizes(problem.input.size(0), problem.input.size(1), problem.weight.size(0), problem.weight)),
+      operands_(
+          operands == Operands::wide
+              ? wide_operands(problem.weight.scalar_type())
+              : choose_operands(kernels.device, problem.weight.scalar_type(), problem.compute_dtype)),
       bounded_(sums_are_bounded(problem)) {
+  sizes_ = sweep_sizes(
+      problem.input.size(0), problem.input.size(1), problem.weight.size(0), problem.weight, kernels.device, operands_);
   const int64_t limit = workspace_limit(problem.input.device().type());
   plan_ = choose_chunk_plan(sizes_, limit);
   TORCH_CHECK(
@@ -68,6 +99,9 @@ ClassLoop::ClassLoop(const LinearProblem& problem, const SweepKernels& kernels)
       "; it needs at least ", plan_.scratch_bytes, " bytes");
   if (problem.bias.has_value()) {
     bias_ = problem.bias->to(acc()).contiguous();
+  }
+  if (operands_.unit && !problem.normalize_weight) {
+    weight_scale_ = unit_power_of_two(*this);
   }
 }
 
@@ -86,24 +120,44 @@ at::Tensor ClassLoop::double_zeros(at::IntArrayRef shape) const {
 }
 
 at::Tensor ClassLoop::weight_buffer() const {
-  return sizes_.convert_weight ? empty({plan_.class_chunk, sizes_.features}) : at::Tensor();
+  return sizes_.convert_weight ? empty({plan_.class_chunk, sizes_.padded(sizes_.features)}, operands_.dtype)
+                               : at::Tensor();
 }
 
-at::Tensor ClassLoop::load_weight(Range classes, const at::Tensor& buffer) const {
-  const at::Tensor chunk = rows_of(problem_.weight, classes);
-  return sizes_.convert_weight ? rows_of(buffer, {0, classes.count}).copy_(chunk) : chunk;
-}
-
-void ClassLoop::load_inverse_norms(
-    const at::Tensor& weight,
+at::Tensor ClassLoop::load_weight(
     Range classes,
+    const at::Tensor& buffer,
     const at::Tensor& inverse_norms,
     double* weight_sum) const {
-  kernels_.load_rows(
-      {weight.data_ptr(), weight.stride(0), classes.count, sizes_.features, problem_.normalize_weight,
-       /*scale_in_place=*/false, /*row_factor=*/nullptr, /*operand_scale=*/nullptr,
-       problem_.normalize_weight ? rows_of(inverse_norms, classes).data_ptr() : nullptr, weight_sum},
-      acc());
+  const at::Tensor chunk = rows_of(problem_.weight, classes);
+  at::Tensor rows = chunk; // what the kernel reads
+  at::Tensor operand = chunk;
+  if (sizes_.convert_weight) {
+    operand = columns_of(rows_of(buffer, {0, classes.count}), {0, sizes_.features});
+    if (kernels_.device == DeviceKind::cpu) {
+      rows = operand.copy_(chunk);
+    }
+  }
+  const bool converts = operand.data_ptr() != rows.data_ptr();
+  void* const norms =
+      problem_.normalize_weight && inverse_norms.defined() ? rows_of(inverse_norms, classes).data_ptr() : nullptr;
+  if (converts || norms != nullptr || weight_sum != nullptr) {
+    kernels_.load_rows(
+        {raw_matrix(rows), classes.count, sizes_.features, problem_.normalize_weight,
+         converts ? operand.data_ptr() : nullptr, operands_.dtype, operand.stride(0),
+         operands_.unit && problem_.normalize_weight, /*row_factor=*/nullptr, pointer<double>(weight_scale_), norms,
+         weight_sum},
+        acc());
+  }
+  return operand;
+}
+
+at::Tensor ClassLoop::tile_buffer(at::ScalarType dtype) const {
+  return empty({plan_.row_tile * sizes_.padded(plan_.class_chunk)}, dtype);
+}
+
+at::Tensor ClassLoop::tile_in(const at::Tensor& buffer, Range rows, Range classes) const {
+  return matrix_in(buffer, rows.count, classes.count, sizes_.padded(classes.count));
 }
 
 TargetContext ClassLoop::context() const {
@@ -122,8 +176,12 @@ TargetContext ClassLoop::context() const {
       raw_vector(problem_.sample_margin_weight)};
 }
 
-LogitsTile ClassLoop::describe(const at::Tensor& logits, Range rows, Range classes, const at::Tensor& inverse_norms)
-    const {
+LogitsTile ClassLoop::describe(
+    const at::Tensor& logits,
+    Range rows,
+    Range classes,
+    const at::Tensor& inverse_norms,
+    const at::Tensor& row_factors) const {
   return {
       logits.data_ptr(),
       logits.stride(0),
@@ -132,34 +190,103 @@ LogitsTile ClassLoop::describe(const at::Tensor& logits, Range rows, Range class
       classes.begin,
       target_.data_ptr<int64_t>() + rows.begin,
       problem_.margin.scale,
-      problem_.normalize_weight ? rows_of(inverse_norms, classes).data_ptr() : nullptr,
+      row_factors.defined() ? rows_of(row_factors, rows).data_ptr() : nullptr,
+      pointer(class_factors(classes, inverse_norms)),
       bias_.has_value() ? rows_of(*bias_, classes).data_ptr() : nullptr};
 }
 
-RowOperand::RowOperand(const ClassLoop& loop, const double* factor, const double* operand_scale, double* sum)
+at::Tensor ClassLoop::class_factors(Range classes, const at::Tensor& inverse_norms) const {
+  return problem_.normalize_weight && !operands_.unit ? rows_of(inverse_norms, classes) : at::Tensor();
+}
+
+RowOperand::RowOperand(const ClassLoop& loop)
+    : RowOperand(
+          loop,
+          // bfloat16 goes in as it is; row_factors() has the rest.
+          loop.operands().unit || (loop.problem().normalize_input && loop.operands().dtype == loop.acc()),
+          /*factor=*/nullptr,
+          /*operand_scale=*/nullptr) {}
+
+RowOperand::RowOperand(const ClassLoop& loop, const double* factor, const double* operand_scale)
+    : RowOperand(loop, loop.problem().normalize_input, factor, operand_scale) {}
+
+RowOperand::RowOperand(const ClassLoop& loop, bool unit, const double* factor, const double* operand_scale)
     : loop_(loop),
+      unit_(unit),
       factor_(factor),
       operand_scale_(operand_scale),
-      sum_(sum),
-      whole_(loop.plan().whole_operands(loop.sizes().rows)),
-      buffer_(loop.empty({whole_ ? loop.sizes().rows : loop.plan().row_tile, loop.sizes().features})) {
+      whole_(loop.plan().whole_operands(loop.sizes().rows)) {
+  if (!unit && factor == nullptr && reads_in_place(loop.problem().input, loop.operands())) {
+    return;
+  }
+  const SweepSizes& sizes = loop.sizes();
+  const at::Tensor padded =
+      loop.empty({whole_ ? sizes.rows : loop.plan().row_tile, sizes.padded(sizes.features)}, loop.operands().dtype);
+  buffer_ = columns_of(padded, {0, sizes.features});
   if (whole_) {
     loop.for_each_tile([&](Range rows) { load(rows, rows_of(buffer_, rows)); });
   }
 }
 
 at::Tensor RowOperand::tile(Range rows) const {
-  return whole_ ? rows_of(buffer_, rows) : load(rows, rows_of(buffer_, {0, rows.count}));
+  if (!buffer_.defined()) {
+    return rows_of(loop_.problem().input, rows);
+  }
+  if (whole_) {
+    return rows_of(buffer_, rows);
+  }
+  const at::Tensor to = rows_of(buffer_, {0, rows.count});
+  load(rows, to);
+  return to;
 }
 
-at::Tensor RowOperand::load(Range rows, const at::Tensor& to) const {
-  to.copy_(rows_of(loop_.problem().input, rows));
+void RowOperand::load(Range rows, const at::Tensor& to) const {
+  at::Tensor from = rows_of(loop_.problem().input, rows);
+  if (loop_.kernels().device == DeviceKind::cpu) {
+    from = to.copy_(from);
+  }
   loop_.kernels().load_rows(
-      {to.data_ptr(), to.stride(0), rows.count, loop_.sizes().features, loop_.problem().normalize_input,
-       /*scale_in_place=*/true, factor_ == nullptr ? nullptr : factor_ + rows.begin, operand_scale_,
-       /*inverse_norms=*/nullptr, sum_},
+      {raw_matrix(from), rows.count, loop_.sizes().features, /*normalize=*/unit_, to.data_ptr(), loop_.operands().dtype,
+       to.stride(0), unit_, factor_ == nullptr ? nullptr : factor_ + rows.begin, operand_scale_,
+       /*inverse_norms=*/nullptr, /*sum=*/nullptr},
       loop_.acc());
-  return to;
+}
+
+at::Tensor input_inverse_norms(const ClassLoop& loop, const double* factor, double* weighted_sum) {
+  const LinearProblem& p = loop.problem();
+  const at::Tensor norms = loop.empty({loop.sizes().rows});
+  loop.for_each_tile([&](Range rows) {
+    at::Tensor from = rows_of(p.input, rows);
+    if (loop.kernels().device == DeviceKind::cpu) {
+      from = from.to(loop.acc()).contiguous();
+    }
+    loop.kernels().load_rows(
+        {raw_matrix(from), rows.count, loop.sizes().features,
+         /*normalize=*/weighted_sum == nullptr || p.normalize_input, /*out=*/nullptr, loop.operands().dtype,
+         /*out_row_stride=*/0, /*unit=*/false, factor == nullptr ? nullptr : factor + rows.begin,
+         /*operand_scale=*/nullptr, rows_of(norms, rows).data_ptr(), weighted_sum},
+        loop.acc());
+  });
+  return norms;
+}
+
+at::Tensor row_factors(const ClassLoop& loop) {
+  const LinearProblem& p = loop.problem();
+  if (!loop.operands().unit) {
+    const bool raw = p.normalize_input && loop.operands().dtype != loop.acc();
+    return raw ? input_inverse_norms(loop) : at::Tensor();
+  }
+  if (p.normalize_input && p.normalize_weight) {
+    return at::Tensor();
+  }
+  at::Tensor factors;
+  if (p.normalize_input) {
+    factors = loop.empty({loop.sizes().rows}).fill_(1.0);
+  } else {
+    const at::Tensor inverse = input_inverse_norms(loop);
+    factors = at::where(inverse == 0, inverse, inverse.reciprocal()); // a zero row's length is 0
+  }
+  return p.normalize_weight ? factors : factors.div_(loop.weight_scale().to(loop.acc()));
 }
 
 } // namespace torchmargin

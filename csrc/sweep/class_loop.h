@@ -20,14 +20,20 @@ struct Range {
   int64_t count;
 };
 
+// In which form a sweep's products read their operands.
+enum class Operands {
+  as_allowed, // 16 bits where the device takes them and the caller allows it
+  wide // acc
+};
+
 at::Tensor rows_of(const at::Tensor& tensor, Range rows);
 at::Tensor columns_of(const at::Tensor& matrix, Range columns);
-// The first elements of a flat workspace as a matrix.
-at::Tensor matrix_in(const at::Tensor& workspace, int64_t rows, int64_t columns);
+// The first elements of a flat workspace as a matrix whose rows are row_stride apart.
+at::Tensor matrix_in(const at::Tensor& workspace, int64_t rows, int64_t columns, int64_t row_stride);
 
 class ClassLoop {
  public:
-  ClassLoop(const LinearProblem& problem, const SweepKernels& kernels);
+  ClassLoop(const LinearProblem& problem, const SweepKernels& kernels, Operands operands = Operands::as_allowed);
 
   const LinearProblem& problem() const {
     return problem_;
@@ -43,6 +49,9 @@ class ClassLoop {
   }
   at::ScalarType acc() const {
     return problem_.acc();
+  }
+  const OperandFormat& operands() const {
+    return operands_;
   }
   // [B] int64, contiguous.
   const at::Tensor& target() const {
@@ -91,20 +100,37 @@ class ClassLoop {
     }
   }
 
-  // The chunk's weights in acc, as given: a view where a product can read them, else copied
-  // into `buffer`.
-  at::Tensor load_weight(Range classes, const at::Tensor& buffer) const;
+  // The chunk's weights as the products read them: a view where that can be, else written to `buffer`. Beside
+  // that their inverse norms into their place of `inverse_norms` [C], and `weight_sum` [D] += the (normalised) weights,
+  // where these are given.
+  at::Tensor load_weight(
+      Range classes,
+      const at::Tensor& buffer,
+      const at::Tensor& inverse_norms = at::Tensor(),
+      double* weight_sum = nullptr) const;
   // Room for one chunk of converted weights; undefined where none are.
   at::Tensor weight_buffer() const;
+  // The power of two that operands of weights which are not normalised were multiplied by, [1] float64; or
+  // undefined: 1.
+  const at::Tensor& weight_scale() const {
+    return weight_scale_;
+  }
 
-  // The chunk's inverse norms into their place of `inverse_norms` [C] (or [0]: weights are taken as they are);
-  // `weight_sum` [D] += the weights times them, unless it is nullptr.
-  void load_inverse_norms(const at::Tensor& weight, Range classes, const at::Tensor& inverse_norms, double* weight_sum)
-      const;
+  // Room for a tile's logits or softmax weights, and a tile in it.
+  at::Tensor tile_buffer(at::ScalarType dtype) const;
+  at::Tensor tile_in(const at::Tensor& buffer, Range rows, Range classes) const;
 
-  // What the kernels are told.
+  // What the kernels are told. `row_factors`: [B] acc, or undefined.
   TargetContext context() const;
-  LogitsTile describe(const at::Tensor& logits, Range rows, Range classes, const at::Tensor& inverse_norms) const;
+  LogitsTile describe(
+      const at::Tensor& logits,
+      Range rows,
+      Range classes,
+      const at::Tensor& inverse_norms,
+      const at::Tensor& row_factors) const;
+  // Factors of the raw products' columns, [class_count] acc; undefined where operands are unit vectors or
+  // nothing is normalised.
+  at::Tensor class_factors(Range classes, const at::Tensor& inverse_norms) const;
 
  private:
   const LinearProblem& problem_;
@@ -112,30 +138,40 @@ class ClassLoop {
   at::TensorOptions options_;
   at::Tensor target_;
   SweepSizes sizes_;
+  OperandFormat operands_;
   ChunkPlan plan_;
   bool bounded_ = false;
   std::optional<at::Tensor> bias_;
+  at::Tensor weight_scale_;
 };
 
-// The rows A_i as the products need them: unit vectors if the input is normalised, times a
-// factor of each row. Loaded once for all rows, or a tile at a time, as the plan says.
+// The rows of the input as an operand: A_i or what stands for it (see OperandFormat), or A_i times a factor of each
+// row. Loaded once for all rows, or a tile at a time, as the plan says.
 class RowOperand {
  public:
-  // A row with factor 0 is 0, whatever it holds. nullptr: no factors. `sum`: their sum, [D].
-  RowOperand(const ClassLoop& loop, const double* factor, const double* operand_scale, double* sum = nullptr);
+  // The operand of the logits.
+  explicit RowOperand(const ClassLoop& loop);
+  // A_i factor_i operand_scale; a row with factor 0 is 0, whatever it holds.
+  RowOperand(const ClassLoop& loop, const double* factor, const double* operand_scale);
 
-  // [row_count, D] acc; valid until the next call.
+  // [row_count, D]; valid until the next call.
   at::Tensor tile(Range rows) const;
 
  private:
-  at::Tensor load(Range rows, const at::Tensor& to) const;
+  RowOperand(const ClassLoop& loop, bool unit, const double* factor, const double* operand_scale);
+  void load(Range rows, const at::Tensor& to) const;
 
   const ClassLoop& loop_;
+  bool unit_; // rows are brought to unit length
   const double* factor_;
   const double* operand_scale_;
-  double* sum_;
   bool whole_;
-  at::Tensor buffer_; // [B or row_tile, D] acc
+  at::Tensor buffer_; // [B or row_tile, D], or undefined: the input is read where it is
 };
+
+// |x_i| of every row as 1 / |x_i|, [B] acc; `weighted_sum` [D] += factor_i A_i, where it is given.
+at::Tensor input_inverse_norms(const ClassLoop& loop, const double* factor = nullptr, double* weighted_sum = nullptr);
+// What the raw products of RowOperand(loop) lack of the row, [B] acc; undefined: nothing.
+at::Tensor row_factors(const ClassLoop& loop);
 
 } // namespace torchmargin

@@ -26,4 +26,17 @@ void with_dtype(c10::ScalarType dtype, Body body) {
   }
 }
 
+// Calls body(Scalar(), T()) with the dtype of a caller's tensor and that of its sums.
+template <typename Body>
+void with_dtype_and_acc(c10::ScalarType dtype, Body body) {
+  with_dtype(dtype, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    if constexpr (sizeof(Scalar) == sizeof(double)) {
+      body(scalar, double());
+    } else {
+      body(scalar, float());
+    }
+  });
+}
+
 } // namespace torchmargin

@@ -9,20 +9,21 @@
 
 #include "sweep/class_loop.h"
 #include "sweep/class_sweep.h"
+#include "sweep/products.h"
 
 namespace torchmargin {
 namespace {
 
 struct Lane {
-  at::Tensor scratch; // [row_tile * class_chunk] acc
-  at::Tensor weight_buffer; // [class_chunk, D] acc, if weights are converted
+  at::Tensor scratch; // a tile of logits, acc
+  at::Tensor weight_buffer; // [class_chunk, D], if weights are converted
 };
 
 std::vector<Lane> make_lanes(const ClassLoop& loop, bool with_scratch) {
   std::vector<Lane> lanes(loop.plan().lanes);
   for (Lane& lane : lanes) {
     if (with_scratch) {
-      lane.scratch = loop.empty({loop.plan().row_tile * loop.plan().class_chunk});
+      lane.scratch = loop.tile_buffer(loop.acc());
     }
     lane.weight_buffer = loop.weight_buffer();
   }
@@ -40,7 +41,7 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
       "_linear_margin_forward: expected kept_classes in [0, ", sizes.classes, "], but got ", request.kept_classes);
 
   ForwardResult result;
-  result.kept = loop.empty({sizes.rows, request.kept_classes});
+  result.kept = loop.empty({sizes.rows, kept_columns(request.kept_classes, sizes.classes)});
   result.inverse_norms = loop.empty({problem.normalize_weight ? sizes.classes : 0});
 
   // Each lane's running (shift, sum) and maximum of every row, and its sum of weights.
@@ -49,24 +50,22 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
   const at::Tensor maximum = shift.clone();
   const at::Tensor weight_sums = loop.double_zeros({lane_count, request.with_logit_sum ? sizes.features : 0});
 
-  const RowOperand input(loop, /*factor=*/nullptr, /*operand_scale=*/nullptr);
+  const RowOperand input(loop);
+  const at::Tensor factors = row_factors(loop);
   const std::vector<Lane> lanes = make_lanes(loop, /*with_scratch=*/request.kept_classes < sizes.classes);
   loop.for_each_chunk(request.kept_classes, [&](int64_t lane, Range classes) {
-    const at::Tensor weight = loop.load_weight(classes, lanes[lane].weight_buffer);
-    if (problem.normalize_weight || request.with_logit_sum) {
-      loop.load_inverse_norms(weight, classes, result.inverse_norms, pointer<double>(weight_sums.select(0, lane)));
-    }
+    const at::Tensor weight = loop.load_weight(
+        classes, lanes[lane].weight_buffer, result.inverse_norms, pointer<double>(weight_sums.select(0, lane)));
     loop.for_each_tile([&](Range rows) {
-      at::Tensor logits = classes.begin < request.kept_classes
-          ? columns_of(rows_of(result.kept, rows), classes)
-          : matrix_in(lanes[lane].scratch, rows.count, classes.count);
-      at::mm_out(logits, input.tile(rows), weight.t());
+      const at::Tensor logits = classes.begin < request.kept_classes ? columns_of(rows_of(result.kept, rows), classes)
+                                                                     : loop.tile_in(lanes[lane].scratch, rows, classes);
+      multiply(logits, input.tile(rows), weight.t());
       const auto of_tile = [&](const at::Tensor& state) {
         return state.data_ptr<double>() + lane * sizes.rows + rows.begin;
       };
       kernels.accumulate_chunk(
-          {loop.describe(logits, rows, classes, result.inverse_norms), loop.bounded(), of_tile(shift), of_tile(sum),
-           of_tile(maximum)},
+          {loop.describe(logits, rows, classes, result.inverse_norms, factors), loop.bounded(), of_tile(shift),
+           of_tile(sum), of_tile(maximum)},
           loop.acc());
     });
   });

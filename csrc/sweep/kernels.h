@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 
+#include "sweep/operands.h"
 #include "torchmargin/margin.h"
 
 namespace torchmargin {
@@ -35,30 +36,35 @@ struct TargetContext {
   RawMatrix sample_m2, sample_m3, sample_margin_weight; // [B, 1] or data == nullptr
 };
 
-// Inverse norms of rows, and what follows from them: rows scaled in place, their sum.
+// Rows as the products read them, their inverse norms and their sum; whatever is not nullptr is written.
 struct LoadRowsArgs {
-  void* rows; // [row_count, D] acc
-  int64_t row_stride;
+  RawMatrix rows; // [row_count, D]; on the CPU in acc and contiguous but for the row stride
   int64_t row_count;
   int64_t features; // D
   bool normalize; // false: every inverse norm counts as 1
-  bool scale_in_place; // rows become unit vectors (if normalize) times row_factor
-  const double* row_factor; // [row_count] or nullptr; a row with 0 becomes 0, whatever it holds
-  const double* operand_scale; // [1] a further factor of all rows, or nullptr; what is left below 2^-90 is 0
-  void* inverse_norms; // [row_count] acc, written, or nullptr
-  double* sum; // [D], += the rows times inverse norm (before scale_in_place: as it left them), or nullptr
+  // [row_count, D] of out_dtype: rows times their inverse norms (if `unit`) times row_factor times operand_scale.
+  void* out; // may be the memory of `rows`; nullptr: not wanted
+  c10::ScalarType out_dtype; // acc; on a GPU also float16 or bfloat16
+  int64_t out_row_stride;
+  bool unit;
+  const double* row_factor; // [row_count] or nullptr: 1; a row with 0 counts as 0, whatever it holds
+  const double* operand_scale; // [1] or nullptr: 1; a factor of a row that is below 2^-90 with it is 0
+  void* inverse_norms; // [row_count] acc, or nullptr
+  double* sum; // [D] += rows times inverse norms times row_factor, or nullptr
 };
 
+// Raw products A . w, and what makes logits of them: z = scale * row_factor * class_factor * product + bias.
 struct LogitsTile {
-  const void* logits; // [row_count, class_count] raw products A . w
+  const void* logits; // [row_count, class_count] acc
   int64_t row_stride;
   int64_t row_count;
   int64_t class_count;
   int64_t first_class; // of all C
   const int64_t* target; // [row_count]
   double scale;
-  const void* inverse_norms; // [class_count] acc, or nullptr: weights as they are
-  const void* bias; // [class_count] acc, or nullptr
+  const void* row_factors; // [row_count] acc, or nullptr: 1
+  const void* class_factors; // [class_count] acc, or nullptr: 1
+  const void* bias; // [class_count] acc, or nullptr: 0
 };
 
 // Adds a tile to each row's running (shift, sum) and maximum; the target's own
@@ -71,14 +77,17 @@ struct AccumulateChunkArgs {
   double* maximum; // [row_count]
 };
 
-// Q = exp(z - other_lse) of a tile, 0 at the target, 0 below exp(-50) (which keeps
+// out_scale Q, Q = exp(z - other_lse), of a tile; 0 at the target, 0 below exp(-50) (which keeps
 // denormal numbers out of the products).
 struct SoftmaxChunkArgs {
-  LogitsTile tile; // read only; may be the same memory as `out`
+  LogitsTile tile; // read only; may be the same memory as `out` if that is acc
   const void* other_lse; // [row_count] acc
   const double* upstream; // [row_count] gradient of other_lse; a row with 0 is written as 0
-  bool times_inverse_norms; // out = Q / |w_j|: the products then need no normalised weights
-  void* out; // [row_count, class_count] contiguous
+  bool times_class_factors; // out = Q / |w_j|: the products then need no normalised weights
+  void* out; // [row_count, class_count]
+  int64_t out_row_stride;
+  c10::ScalarType out_dtype; // acc; on a GPU also float16 or bfloat16
+  double out_scale; // a power of two
 };
 
 // norms, angle, psi of every row and its target, in float64; ends the forward pass.
@@ -112,14 +121,16 @@ struct FinishClassesArgs {
   Upstream upstream;
   int64_t first_class;
   int64_t class_count;
-  // [class_count, D] acc: sum_i Q_ij / |w_j| operand_scale scale g_o,i A_i; nullptr: not wanted
+  // [class_count, D] acc: products_scale sum_i Q_ij / |w_j| scale g_o,i A_i; nullptr: not wanted
   const void* products;
-  void* grad_weight; // [class_count, D] acc, contiguous; may be the same memory as products
-  const void* weight; // [class_count, D] acc, as given
-  int64_t weight_row_stride;
+  int64_t products_row_stride;
+  bool products_lack_norms; // the factor 1 / |w_j| is not in them yet
+  // [class_count, D] contiguous. On the CPU acc, and it may be the products' memory; on a GPU the weight's dtype.
+  void* grad_weight;
+  RawMatrix weight; // [class_count, D] as given; on the CPU in acc
   const void* inverse_norms; // [class_count] acc, or nullptr
-  void* bias_products; // [class_count] acc: sum_i Q_ij operand_scale g_o,i; becomes grad_bias; or nullptr
-  const double* operand_scale; // [1] power of two to undo
+  void* bias_products; // [class_count] acc: products_scale sum_i Q_ij g_o,i; becomes grad_bias; or nullptr
+  const double* products_scale; // [1] power of two to undo
   const double* input_sum; // R [D] = sum_i g_Z,i A_i, or nullptr
   const double* logit_sum_total; // [1] sum_i g_Z,i, or nullptr
   const int64_t* sorted_target; // [B] targets in rising order
@@ -133,12 +144,14 @@ struct FinishRowsArgs {
   Upstream upstream;
   int64_t rows;
   const double* weight_sum; // S [D], or nullptr when upstream.logit_sum is
-  void* products; // V [B, D] acc: sum_j Q_ij B_j, becomes grad_input; nullptr: not wanted
+  void* products; // [B, D] acc: products_scale sum_j Q_ij B_j, becomes grad_input; nullptr: not wanted
+  const double* products_scale; // [1] power of two to undo
   double* grad_m2; // [B], or nullptr
   double* grad_m3; // [B], or nullptr
 };
 
 struct SweepKernels {
+  DeviceKind device;
   void (*load_rows)(const LoadRowsArgs&, c10::ScalarType acc);
   void (*accumulate_chunk)(const AccumulateChunkArgs&, c10::ScalarType acc);
   void (*softmax_chunk)(const SoftmaxChunkArgs&, c10::ScalarType acc);

@@ -7,6 +7,7 @@
 
 #include "sweep/class_loop.h"
 #include "sweep/class_sweep.h"
+#include "sweep/products.h"
 
 namespace torchmargin {
 namespace {
@@ -32,21 +33,23 @@ LogitsResult sweep_logits(const LinearProblem& problem, const SweepKernels& kern
   result.logits = loop.empty({sizes.rows, sizes.classes});
   result.inverse_norms = loop.empty({problem.normalize_weight ? sizes.classes : 0});
 
-  const RowOperand input(loop, /*factor=*/nullptr, /*operand_scale=*/nullptr);
+  const RowOperand input(loop);
+  const at::Tensor factors = row_factors(loop);
   std::vector<at::Tensor> weight_buffers;
   for (int64_t lane = 0; lane < loop.plan().lanes; ++lane) {
     weight_buffers.push_back(loop.weight_buffer());
   }
   loop.for_each_chunk(/*kept_classes=*/0, [&](int64_t lane, Range classes) {
-    const at::Tensor weight = loop.load_weight(classes, weight_buffers[lane]);
-    if (problem.normalize_weight) {
-      loop.load_inverse_norms(weight, classes, result.inverse_norms, /*weight_sum=*/nullptr);
-    }
+    const at::Tensor weight = loop.load_weight(classes, weight_buffers[lane], result.inverse_norms);
+    const at::Tensor column_factors = loop.class_factors(classes, result.inverse_norms);
     loop.for_each_tile([&](Range rows) {
       at::Tensor logits = columns_of(rows_of(result.logits, rows), classes);
-      at::mm_out(logits, input.tile(rows), weight.t());
-      if (problem.normalize_weight) {
-        logits.mul_(rows_of(result.inverse_norms, classes));
+      multiply(logits, input.tile(rows), weight.t());
+      if (column_factors.defined()) {
+        logits.mul_(column_factors);
+      }
+      if (factors.defined()) {
+        logits.mul_(rows_of(factors, rows).unsqueeze(1));
       }
       if (problem.margin.scale != 1.0) {
         logits.mul_(problem.margin.scale);

@@ -83,8 +83,9 @@ TORCHMARGIN_HOST_DEVICE void finish_row(const FinishRowsArgs& args, int64_t i, c
   }
   const Reader<Scalar> x(context.input);
   const Reader<Scalar> w(context.weight);
+  const double unscaled = g_o / *args.products_scale;
   const auto others = [&](int64_t k) {
-    double value = g_o == 0.0 ? 0.0 : g_o * static_cast<double>(products[k]);
+    double value = g_o == 0.0 ? 0.0 : unscaled * static_cast<double>(products[k]);
     if (g_z != 0.0) {
       value += g_z * (args.weight_sum[k] - (row.present ? row.b * w(row.target, k) : 0.0));
     }
@@ -120,7 +121,7 @@ struct RowsOfClass {
 template <typename T>
 TORCHMARGIN_HOST_DEVICE void finish_bias(const FinishClassesArgs& args, int64_t local, RowsOfClass rows) {
   T& bias = static_cast<T*>(args.bias_products)[local];
-  double gradient = static_cast<double>(bias) / *args.operand_scale;
+  double gradient = static_cast<double>(bias) / *args.products_scale;
   if (args.logit_sum_total != nullptr) {
     gradient += *args.logit_sum_total;
   }
@@ -131,8 +132,9 @@ TORCHMARGIN_HOST_DEVICE void finish_bias(const FinishClassesArgs& args, int64_t 
 }
 
 // The products of class `local` of the chunk to its row of grad_weight. `scratch` holds `slice`
-// features at a time; a member of the team touches only its own.
-template <typename Scalar, typename T, typename Team>
+// features at a time; a member of the team touches only its own. Weight: the element of args.weight, Out:
+// of grad_weight.
+template <typename Scalar, typename T, typename Weight, typename Out, typename Team>
 TORCHMARGIN_HOST_DEVICE void finish_class(
     const FinishClassesArgs& args,
     int64_t local,
@@ -142,19 +144,15 @@ TORCHMARGIN_HOST_DEVICE void finish_class(
     const Team& team) {
   const TargetContext& context = args.context;
   const Reader<Scalar> x(context.input);
+  const Reader<Weight> w(args.weight);
   const int64_t features = context.features;
-  const T* const products = static_cast<const T*>(args.products) + local * features;
-  T* const out = static_cast<T*>(args.grad_weight) + local * features;
-  const T* const w = static_cast<const T*>(args.weight) + local * args.weight_row_stride;
-  const double unscale = 1.0 / *args.operand_scale;
+  const T* const products = static_cast<const T*>(args.products) + local * args.products_row_stride;
+  Out* const out = static_cast<Out*>(args.grad_weight) + local * features;
 
-  double w_squared = 0.0;
-  for (int64_t k = team.rank; k < features; k += team.size) {
-    w_squared += static_cast<double>(w[k]) * static_cast<double>(w[k]);
-  }
-  const double inverse_w = inverse_norm(team.sum(w_squared));
+  const double inverse_w = inverse_norm(squared_norm(w, local, features, team));
   const double b = context.normalize_weight ? inverse_w : 1.0;
-  const auto unit_w = [&](int64_t k) { return inverse_w * static_cast<double>(w[k]); };
+  const double unscale = (args.products_lack_norms ? b : 1.0) / *args.products_scale;
+  const auto unit_w = [&](int64_t k) { return inverse_w * w(local, k); };
 
   // U_j of a slice into the scratch: products, and what smoothing adds without the class's own rows.
   const auto fill = [&](int64_t first, int64_t last) {
@@ -209,7 +207,7 @@ TORCHMARGIN_HOST_DEVICE void finish_class(
       }
     }
     for (int64_t k = first + team.rank; k < last; k += team.size) {
-      out[k] = static_cast<T>(scratch[k - first]);
+      out[k] = static_cast<Out>(scratch[k - first]);
     }
   }
 }

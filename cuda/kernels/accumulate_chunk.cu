@@ -9,13 +9,14 @@ namespace {
 
 template <typename T>
 __global__ void accumulate_chunk_kernel(AccumulateChunkArgs args) {
-  TORCHMARGIN_SHARED(double, partial, kWarps);
-  const BlockTeam team{static_cast<int>(threadIdx.x), partial};
+  constexpr int kCount = elements_per_thread<T>();
+  TORCHMARGIN_SHARED(double, scratch, kRowLseScratch);
   const int64_t i = blockIdx.x;
   const LogitsTile& tile = args.tile;
   const TileRow<T> row(tile, i);
-  const RowLse added = row_lse<T>(row, tile.class_count, row.own_column, args.bounded, team);
-  if (team.rank == 0) {
+  const auto logits = [&](int64_t j) { return row.logits(j, Columns<T, kCount>(tile, j)); };
+  const RowLse added = row_lse<T, kCount>(logits, tile.class_count, row.own_column, args.bounded, scratch);
+  if (threadIdx.x == 0) {
     OnlineLse total;
     total.shift = args.shift[i];
     total.sum = args.sum[i];

@@ -8,48 +8,45 @@
 namespace torchmargin::device {
 namespace {
 
-template <typename Scalar>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-
 // A row of cosines as logits without a margin.
 template <typename Scalar, typename T>
 struct CosineRow {
-  const Scalar* data;
-  int64_t stride;
+  static constexpr int kCount = elements_per_thread<Scalar>();
+  Row<const Scalar> cosines;
   T scale;
 
   __device__ CosineRow(const CosineContext& context, int64_t row)
-      : data(static_cast<const Scalar*>(context.cosine.data) + row * context.cosine.row_stride),
-        stride(context.cosine.column_stride),
+      : cosines(
+            static_cast<const Scalar*>(context.cosine.data) + row * context.cosine.row_stride,
+            context.classes,
+            context.cosine.column_stride),
         scale(static_cast<T>(context.margin.scale)) {}
 
-  __device__ T cosine(int64_t j) const {
-    return static_cast<T>(data[j * stride]);
-  }
-  __device__ T operator()(int64_t j) const {
-    return scale * cosine(j);
+  __device__ Elements<T, kCount> operator()(int64_t first) const {
+    const auto cosine = cosines.template read<kCount>(first, Scalar(0));
+    Elements<T, kCount> z;
+    TORCHMARGIN_UNROLL
+    for (int e = 0; e < kCount; ++e) {
+      z.values[e] = scale * static_cast<T>(cosine.values[e]);
+    }
+    return z;
   }
 };
 
 template <typename Scalar, typename T>
 __global__ void cosine_forward_kernel(CosineForwardArgs args) {
+  TORCHMARGIN_SHARED(double, scratch, kRowLseScratch);
   TORCHMARGIN_SHARED(double, partial, kWarps);
   const BlockTeam team{static_cast<int>(threadIdx.x), partial};
   const CosineContext& context = args.context;
   const int64_t i = blockIdx.x;
   const CosineRow<Scalar, T> row(context, i);
   const OwnMargin own = own_margin<Scalar>(context, i);
-  const RowLse others = row_lse<T>(row, context.classes, own.target, /*bounded=*/false, team);
+  const RowLse others = row_lse<T, CosineRow<Scalar, T>::kCount>(row, context.classes, own.target, /*bounded=*/false, scratch);
   double sum = 0.0;
   if (args.with_logit_sum) {
     for (int64_t j = team.rank; j < context.classes; j += team.size) {
-      sum += j == own.target ? 0.0 : static_cast<double>(row.cosine(j));
+      sum += j == own.target ? 0.0 : static_cast<double>(row.cosines.data[j * row.cosines.stride]);
     }
     sum = team.sum(sum);
   }
@@ -69,6 +66,7 @@ __global__ void cosine_backward_kernel(CosineBackwardArgs args) {
   const CosineContext& context = args.context;
   const int64_t i = blockIdx.x;
   const CosineRow<Scalar, T> row(context, i);
+  constexpr int kCount = CosineRow<Scalar, T>::kCount;
   const T other_lse = static_cast<const T*>(args.other_lse)[i];
   // A row without other classes has nothing to give to them.
   const double g_o = isinf(other_lse) && other_lse < T(0) ? 0.0 : args.grad_other_lse[i];
@@ -87,17 +85,20 @@ __global__ void cosine_backward_kernel(CosineBackwardArgs args) {
   if (args.grad_cosine == nullptr) {
     return;
   }
-  Scalar* const out = static_cast<Scalar*>(args.grad_cosine) + i * context.classes;
+  const Row<Scalar> out(static_cast<Scalar*>(args.grad_cosine) + i * context.classes, context.classes);
   const T factor = static_cast<T>(scale * g_o);
   const T constant = static_cast<T>(scale * g_z);
-  for (int64_t j = threadIdx.x; j < context.classes; j += kThreads) {
-    T value = constant;
-    if (j == own.target) {
-      value = static_cast<T>(g_t == 0.0 ? 0.0 : g_t * scale * own.value.dcosine);
-    } else if (g_o != 0.0) { // nothing otherwise, even if the row holds NaN
-      value = factor * softmax_weight(row(j), other_lse) + constant;
+  const T at_target = static_cast<T>(g_t == 0.0 ? 0.0 : g_t * scale * own.value.dcosine);
+  for (int64_t j = static_cast<int64_t>(threadIdx.x) * kCount; j < context.classes; j += kThreads * kCount) {
+    const Elements<T, kCount> z = row(j);
+    Elements<Scalar, kCount> gradient;
+    TORCHMARGIN_UNROLL
+    for (int e = 0; e < kCount; ++e) {
+      // Nothing of the others without an upstream gradient, even if the row holds NaN.
+      const T other = g_o == 0.0 ? constant : factor * softmax_weight(z.values[e], other_lse) + constant;
+      gradient.values[e] = static_cast<Scalar>(j + e == own.target ? at_target : other);
     }
-    out[j] = static_cast<Scalar>(value);
+    out.write(j, gradient);
   }
 }
 
@@ -115,9 +116,8 @@ void launch_cosine_forward(const CosineForwardArgs& args, int64_t rows, cudaStre
   if (rows == 0) {
     return;
   }
-  with_dtype(args.context.cosine.dtype, [&](auto scalar) {
-    using Scalar = decltype(scalar);
-    const auto kernel = cosine_forward_kernel<Scalar, typename AccOf<Scalar>::type>;
+  with_dtype_and_acc(args.context.cosine.dtype, [&](auto scalar, auto zero) {
+    const auto kernel = cosine_forward_kernel<decltype(scalar), decltype(zero)>;
     TORCHMARGIN_LAUNCH(kernel, static_cast<unsigned>(rows), kThreads, stream, args);
   });
 }
@@ -126,9 +126,8 @@ void launch_cosine_backward(const CosineBackwardArgs& args, int64_t rows, cudaSt
   if (rows == 0) {
     return;
   }
-  with_dtype(args.context.cosine.dtype, [&](auto scalar) {
-    using Scalar = decltype(scalar);
-    const auto kernel = cosine_backward_kernel<Scalar, typename AccOf<Scalar>::type>;
+  with_dtype_and_acc(args.context.cosine.dtype, [&](auto scalar, auto zero) {
+    const auto kernel = cosine_backward_kernel<decltype(scalar), decltype(zero)>;
     TORCHMARGIN_LAUNCH(kernel, static_cast<unsigned>(rows), kThreads, stream, args);
   });
 }

@@ -10,15 +10,102 @@
 
 #define TORCHMARGIN_SHARED(type, name, size) __shared__ type name[size]
 #define TORCHMARGIN_LAUNCH(kernel, grid, block, stream, ...) kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
+#define TORCHMARGIN_UNROLL _Pragma("unroll")
 #endif
 
 #include <cstdint>
+#include <type_traits>
 
 namespace torchmargin::device {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256; // of every block
 constexpr int kWarps = kThreads / kWarp;
+
+// Elements of a row that a thread has in its registers: 16 bytes of the narrowest type that a kernel reads or writes.
+template <typename T, int kCount>
+struct Elements {
+  static constexpr int kPerAccess = 16 / sizeof(T) < kCount ? 16 / sizeof(T) : kCount;
+  struct alignas(sizeof(T) * kPerAccess) Access {
+    T values[kPerAccess];
+  };
+  T values[kCount];
+
+  __device__ void load(const T* from) {
+    TORCHMARGIN_UNROLL
+    for (int part = 0; part < kCount / kPerAccess; ++part) {
+      const Access access = reinterpret_cast<const Access*>(from)[part];
+      TORCHMARGIN_UNROLL
+      for (int e = 0; e < kPerAccess; ++e) {
+        values[part * kPerAccess + e] = access.values[e];
+      }
+    }
+  }
+
+  __device__ void store(T* to) const {
+    TORCHMARGIN_UNROLL
+    for (int part = 0; part < kCount / kPerAccess; ++part) {
+      Access access;
+      TORCHMARGIN_UNROLL
+      for (int e = 0; e < kPerAccess; ++e) {
+        access.values[e] = values[part * kPerAccess + e];
+      }
+      reinterpret_cast<Access*>(to)[part] = access;
+    }
+  }
+};
+
+// How many elements are 16 bytes of the narrowest of these types.
+template <typename... Types>
+constexpr int elements_per_thread() {
+  int least = 16;
+  ((least = static_cast<int>(sizeof(Types)) < least ? static_cast<int>(sizeof(Types)) : least), ...);
+  return 16 / least;
+}
+
+// A row of `size` elements that lie `stride` apart: read and written by 16 bytes where it can be.
+template <typename T>
+struct Row {
+  T* data;
+  int64_t size;
+  int64_t stride;
+  bool by_16_bytes;
+
+  __device__ Row(T* data_, int64_t size_, int64_t stride_ = 1)
+      : data(data_),
+        size(size_),
+        stride(stride_),
+        by_16_bytes(stride_ == 1 && reinterpret_cast<uintptr_t>(data_) % 16 == 0) {}
+
+  // Elements [first, first + kCount); `fill` past the end of the row.
+  template <int kCount>
+  __device__ auto read(int64_t first, std::remove_const_t<T> fill) const {
+    Elements<std::remove_const_t<T>, kCount> elements;
+    if (by_16_bytes && first + kCount <= size) {
+      elements.load(data + first);
+    } else {
+      TORCHMARGIN_UNROLL
+      for (int e = 0; e < kCount; ++e) {
+        elements.values[e] = first + e < size ? data[(first + e) * stride] : fill;
+      }
+    }
+    return elements;
+  }
+
+  template <int kCount>
+  __device__ void write(int64_t first, const Elements<T, kCount>& elements) const {
+    if (by_16_bytes && first + kCount <= size) {
+      elements.store(data + first);
+    } else {
+      TORCHMARGIN_UNROLL
+      for (int e = 0; e < kCount; ++e) {
+        if (first + e < size) {
+          data[(first + e) * stride] = elements.values[e];
+        }
+      }
+    }
+  }
+};
 
 // The butterfly adds the same pairs in every lane: the same bits for all of them.
 __device__ inline double warp_sum(double value) {
@@ -28,9 +115,10 @@ __device__ inline double warp_sum(double value) {
   return value;
 }
 
-__device__ inline double warp_max(double value) {
+template <typename T>
+__device__ T warp_max(T value) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const double other = __shfl_xor_sync(0xffffffffu, value, offset);
+    const T other = __shfl_xor_sync(0xffffffffu, value, offset);
     value = other > value ? other : value; // NaN of a lane is passed over, as on the CPU
   }
   return value;
@@ -60,16 +148,6 @@ struct BlockTeam {
     }
     __syncthreads(); // before the next use of `partial`
     return total;
-  }
-
-  __device__ double max(double value) const {
-    share(warp_max(value));
-    double largest = partial[0];
-    for (int warp = 1; warp < kWarps; ++warp) {
-      largest = partial[warp] > largest ? partial[warp] : largest;
-    }
-    __syncthreads();
-    return largest;
   }
 
  private:

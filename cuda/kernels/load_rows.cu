@@ -1,4 +1,4 @@
-// Inverse norms of rows, rows scaled in place, and their sum: a warp a row.
+// Rows as operands of the products and their inverse norms: a warp a row. Their sum: a warp 32 features of some rows.
 #include "kernels/device.cuh"
 #include "kernels/launch.h"
 #include "math/angle.h"
@@ -7,69 +7,128 @@
 namespace torchmargin::device {
 namespace {
 
-template <typename T>
+// The factor of a row with row_factor f: 0 where f is 0, and where what is left of it would only make products denormal.
+__device__ double given_factor(const LoadRowsArgs& args, int64_t i) {
+  const double scale = args.operand_scale != nullptr ? *args.operand_scale : 1.0;
+  if (args.row_factor == nullptr) {
+    return scale;
+  }
+  const double factor = args.row_factor[i] * scale;
+  return args.operand_scale != nullptr && fabs(factor) < 0x1p-90 ? 0.0 : factor;
+}
+
+template <typename Scalar, typename T, typename Out>
 __global__ void load_rows_kernel(LoadRowsArgs args) {
+  constexpr int kCount = elements_per_thread<Scalar, Out>();
+  // A factor that float32 holds is exact enough for 16 bits.
+  using Product = std::conditional_t<sizeof(Out) == 2, float, double>;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (i >= args.row_count) {
     return; // the whole warp
   }
   const WarpTeam team{static_cast<int>(threadIdx.x % kWarp)};
-  T* const row = static_cast<T*>(args.rows) + i * args.row_stride;
-  double factor = 1.0;
+  const int64_t first = static_cast<int64_t>(team.rank) * kCount;
+  constexpr int64_t kStep = kWarp * kCount;
+  const Row<const Scalar> row(
+      static_cast<const Scalar*>(args.rows.data) + i * args.rows.row_stride, args.features, args.rows.column_stride);
+  double inverse = 1.0;
   if (args.normalize) {
     double square = 0.0;
-    for (int64_t k = team.rank; k < args.features; k += team.size) {
-      square += static_cast<double>(row[k]) * static_cast<double>(row[k]);
+    for (int64_t k = first; k < args.features; k += kStep) {
+      const auto x = row.template read<kCount>(k, Scalar(0));
+      for (int e = 0; e < kCount; ++e) {
+        const double value = static_cast<double>(x.values[e]);
+        square += value * value;
+      }
     }
-    factor = inverse_norm(team.sum(square));
+    inverse = inverse_norm(team.sum(square));
   }
   if (args.inverse_norms != nullptr && team.rank == 0) {
-    static_cast<T*>(args.inverse_norms)[i] = static_cast<T>(factor);
+    static_cast<T*>(args.inverse_norms)[i] = static_cast<T>(inverse);
   }
-  if (!args.scale_in_place) {
+  if (args.out == nullptr) {
     return;
   }
-  const double operand_scale = args.operand_scale != nullptr ? *args.operand_scale : 1.0;
-  const double given = args.row_factor != nullptr ? args.row_factor[i] * operand_scale : 1.0;
-  // NB: a row without a gradient is 0 even if it holds NaN.
-  const bool nothing = given == 0.0 || (args.operand_scale != nullptr && fabs(given) < 0x1p-90);
-  for (int64_t k = team.rank; k < args.features; k += team.size) {
-    row[k] = nothing ? T(0) : static_cast<T>(static_cast<double>(row[k]) * (factor * given));
+  const double given = given_factor(args, i);
+  const bool nothing = given == 0.0; // NB: even if the row holds NaN
+  const Product factor = static_cast<Product>(args.unit ? inverse * given : given);
+  const Row<Out> out(static_cast<Out*>(args.out) + i * args.out_row_stride, args.features);
+  for (int64_t k = first; k < args.features; k += kStep) {
+    const auto x = row.template read<kCount>(k, Scalar(0));
+    Elements<Out, kCount> y;
+    for (int e = 0; e < kCount; ++e) {
+      y.values[e] = nothing ? Out(0) : static_cast<Out>(static_cast<Product>(x.values[e]) * factor);
+    }
+    out.write(k, y);
   }
 }
 
-// A thread a feature: the order of the sum is that of the rows.
-template <typename T>
+constexpr int kSumThreads = 1024;
+constexpr int kSumWarps = kSumThreads / kWarp;
+
+// Every warp adds rows in rising order, and the warps' sums are added in order.
+template <typename Scalar, typename T>
 __global__ void sum_rows_kernel(LoadRowsArgs args) {
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (k >= args.features) {
-    return;
+  TORCHMARGIN_SHARED(double, partial, kSumThreads);
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const int warp = static_cast<int>(threadIdx.x / kWarp);
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const Scalar* const rows = static_cast<const Scalar*>(args.rows.data);
+  const T* const norms = args.normalize ? static_cast<const T*>(args.inverse_norms) : nullptr;
+  double sum = 0.0;
+  for (int64_t i = warp; i < args.row_count && k < args.features; i += kSumWarps) {
+    const double given = args.row_factor != nullptr ? args.row_factor[i] : 1.0;
+    if (given != 0.0) {
+      const double value = static_cast<double>(rows[i * args.rows.row_stride + k * args.rows.column_stride]);
+      sum += value * (norms != nullptr ? given * static_cast<double>(norms[i]) : given);
+    }
   }
-  const T* const rows = static_cast<const T*>(args.rows);
-  const T* const weights =
-      args.scale_in_place || !args.normalize ? nullptr : static_cast<const T*>(args.inverse_norms);
-  double sum = args.sum[k];
-  for (int64_t i = 0; i < args.row_count; ++i) {
-    const double factor = weights != nullptr ? static_cast<double>(weights[i]) : 1.0;
-    sum += static_cast<double>(rows[i * args.row_stride + k]) * factor;
+  partial[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp == 0 && k < args.features) {
+    double total = args.sum[k];
+    for (int other = 0; other < kSumWarps; ++other) {
+      total += partial[other * kWarp + lane];
+    }
+    args.sum[k] = total;
   }
-  args.sum[k] = sum;
+}
+
+// Calls body(Out()) for the dtypes that such rows are loaded to.
+template <typename Scalar, typename T, typename Body>
+void with_out(c10::ScalarType out, Body body) {
+  if constexpr (std::is_same_v<Scalar, float> || std::is_same_v<Scalar, c10::Half>) {
+    if (out == c10::ScalarType::Half) {
+      return body(c10::Half());
+    }
+  }
+  if constexpr (std::is_same_v<Scalar, c10::BFloat16>) {
+    if (out == c10::ScalarType::BFloat16) {
+      return body(c10::BFloat16());
+    }
+  }
+  body(T());
 }
 
 } // namespace
 
-void launch_load_rows(const LoadRowsArgs& args, c10::ScalarType acc, cudaStream_t stream) {
+void launch_load_rows(const LoadRowsArgs& args, c10::ScalarType /*acc*/, cudaStream_t stream) {
   if (args.row_count == 0) {
     return;
   }
-  with_acc(acc, [&](auto zero) {
+  with_dtype_and_acc(args.rows.dtype, [&](auto scalar, auto zero) {
+    using Scalar = decltype(scalar);
     using T = decltype(zero);
-    if (args.inverse_norms != nullptr || args.scale_in_place) {
-      TORCHMARGIN_LAUNCH(load_rows_kernel<T>, warp_blocks(args.row_count), kThreads, stream, args);
+    if (args.inverse_norms != nullptr || args.out != nullptr) {
+      with_out<Scalar, T>(args.out_dtype, [&](auto out) {
+        const auto kernel = load_rows_kernel<Scalar, T, decltype(out)>;
+        TORCHMARGIN_LAUNCH(kernel, warp_blocks(args.row_count), kThreads, stream, args);
+      });
     }
     if (args.sum != nullptr) {
-      const unsigned blocks = static_cast<unsigned>((args.features + kThreads - 1) / kThreads);
-      TORCHMARGIN_LAUNCH(sum_rows_kernel<T>, blocks, kThreads, stream, args);
+      const unsigned blocks = static_cast<unsigned>((args.features + kWarp - 1) / kWarp);
+      const auto kernel = sum_rows_kernel<Scalar, T>;
+      TORCHMARGIN_LAUNCH(kernel, blocks, kSumThreads, stream, args);
     }
   });
 }

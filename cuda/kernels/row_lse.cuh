@@ -1,4 +1,4 @@
-// log sum exp and maximum of one row of logits by a block, one class left out.
+// log sum exp and maximum of one row of logits by a block, one class left out: one pass over the row.
 #pragma once
 
 #include "kernels/device.cuh"
@@ -6,42 +6,63 @@
 
 namespace torchmargin::device {
 
-constexpr int64_t kTerms = 1024; // that are summed in T before float64 takes over
-
 struct RowLse {
   OnlineLse lse;
   double maximum;
 };
 
-// `logit(j)` for j in [0, count), without j = skip. bounded: the shift is 0. Every thread returns the result.
-template <typename T, typename Logit>
-__device__ RowLse row_lse(const Logit& logit, int64_t count, int64_t skip, bool bounded, const BlockTeam& team) {
-  const double infinity = INFINITY;
-  double largest = -infinity;
-  for (int64_t j = team.rank; j < count; j += team.size) {
-    if (j != skip) {
-      const double z = static_cast<double>(logit(j));
-      largest = z > largest ? z : largest;
-    }
-  }
-  largest = team.max(largest);
-  // NB: an infinite shift would make inf - inf of the largest term.
-  const T shift = bounded || isinf(largest) ? T(0) : static_cast<T>(largest);
+// What the warps of a block tell each other.
+constexpr int kRowLseScratch = 3 * kWarps;
+
+// `logits(j)` gives kCount logits from j on, anything past `count`; j = skip is left out. bounded: the shift is 0.
+// Only thread 0 returns the result. At most kCount terms are summed in T before float64 takes over.
+template <typename T, int kCount, typename Logits>
+__device__ RowLse row_lse(const Logits& logits, int64_t count, int64_t skip, bool bounded, double* scratch) {
+  const T nothing = static_cast<T>(-INFINITY);
+  T shift = T(0);
+  T largest = nothing;
   double sum = 0.0;
-  int64_t j = team.rank;
-  while (j < count) {
+  for (int64_t j = static_cast<int64_t>(threadIdx.x) * kCount; j < count; j += kThreads * kCount) {
+    Elements<T, kCount> z = logits(j);
+    T of_group = nothing;
+    TORCHMARGIN_UNROLL
+    for (int e = 0; e < kCount; ++e) {
+      z.values[e] = j + e == skip || j + e >= count ? nothing : z.values[e];
+      of_group = z.values[e] > of_group ? z.values[e] : of_group;
+    }
+    largest = of_group > largest ? of_group : largest;
+    // NB: an infinite shift would make inf - inf of the largest term.
+    if (!bounded && isfinite(of_group) && (of_group > shift || sum == 0.0)) {
+      sum = sum == 0.0 ? 0.0 : sum * static_cast<double>(exp(shift - of_group));
+      shift = of_group;
+    }
     T partial = T(0);
-    for (int64_t terms = 0; terms < kTerms && j < count; ++terms, j += team.size) {
-      if (j != skip) {
-        partial += exp(logit(j) - shift);
-      }
+    TORCHMARGIN_UNROLL
+    for (int e = 0; e < kCount; ++e) {
+      partial += exp(z.values[e] - shift);
     }
     sum += static_cast<double>(partial);
   }
-  RowLse result;
-  result.lse.shift = static_cast<double>(shift);
-  result.lse.sum = team.sum(sum);
-  result.maximum = largest;
+  if (!bounded) { // to the largest shift of the warp
+    const T common = warp_max(sum != 0.0 ? shift : nothing);
+    sum = sum != 0.0 ? sum * static_cast<double>(exp(shift - common)) : 0.0;
+    shift = common;
+  }
+  sum = warp_sum(sum);
+  largest = warp_max(largest);
+  if (threadIdx.x % kWarp == 0) {
+    const int warp = static_cast<int>(threadIdx.x / kWarp);
+    scratch[warp] = static_cast<double>(shift);
+    scratch[kWarps + warp] = sum;
+    scratch[2 * kWarps + warp] = static_cast<double>(largest);
+  }
+  __syncthreads();
+  RowLse result{OnlineLse{}, -INFINITY};
+  for (int warp = 0; threadIdx.x == 0 && warp < kWarps; ++warp) {
+    const double of_warp = scratch[2 * kWarps + warp];
+    result.lse.combine({scratch[warp], scratch[kWarps + warp]});
+    result.maximum = of_warp > result.maximum ? of_warp : result.maximum;
+  }
   return result;
 }
 

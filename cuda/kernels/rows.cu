@@ -26,29 +26,23 @@ __global__ void finish_rows_kernel(FinishRowsArgs args) {
 
 } // namespace
 
-void launch_target_pass(const TargetPassArgs& args, c10::ScalarType acc, cudaStream_t stream) {
+void launch_target_pass(const TargetPassArgs& args, c10::ScalarType /*acc*/, cudaStream_t stream) {
   if (args.rows == 0) {
     return;
   }
-  with_acc(acc, [&](auto zero) {
-    using T = decltype(zero);
-    with_dtype(args.context.input.dtype, [&](auto scalar) {
-      const auto kernel = target_pass_kernel<decltype(scalar), T>;
-      TORCHMARGIN_LAUNCH(kernel, warp_blocks(args.rows), kThreads, stream, args);
-    });
+  with_dtype_and_acc(args.context.input.dtype, [&](auto scalar, auto zero) {
+    const auto kernel = target_pass_kernel<decltype(scalar), decltype(zero)>;
+    TORCHMARGIN_LAUNCH(kernel, warp_blocks(args.rows), kThreads, stream, args);
   });
 }
 
-void launch_finish_rows(const FinishRowsArgs& args, c10::ScalarType acc, cudaStream_t stream) {
+void launch_finish_rows(const FinishRowsArgs& args, c10::ScalarType /*acc*/, cudaStream_t stream) {
   if (args.rows == 0) {
     return;
   }
-  with_acc(acc, [&](auto zero) {
-    using T = decltype(zero);
-    with_dtype(args.context.input.dtype, [&](auto scalar) {
-      const auto kernel = finish_rows_kernel<decltype(scalar), T>;
-      TORCHMARGIN_LAUNCH(kernel, warp_blocks(args.rows), kThreads, stream, args);
-    });
+  with_dtype_and_acc(args.context.input.dtype, [&](auto scalar, auto zero) {
+    const auto kernel = finish_rows_kernel<decltype(scalar), decltype(zero)>;
+    TORCHMARGIN_LAUNCH(kernel, warp_blocks(args.rows), kThreads, stream, args);
   });
 }
 

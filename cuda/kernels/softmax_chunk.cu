@@ -1,36 +1,55 @@
-// The softmax weights Q of the other classes of a tile: a thread an element, rows along y.
+// The softmax weights Q of the other classes of a tile, in the products' dtype: a thread some columns of several rows.
 #include "kernels/launch.h"
 #include "kernels/tile.cuh"
-#include "sweep/dispatch.h"
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 namespace torchmargin::device {
 namespace {
 
-constexpr int kPerThread = 4; // columns, kThreads apart
+constexpr int64_t kBlocksAlongRows = 512;
 
-template <typename T>
+template <typename T, typename Out>
 __global__ void softmax_chunk_kernel(SoftmaxChunkArgs args) {
+  constexpr int kCount = elements_per_thread<T, Out>();
   const LogitsTile& tile = args.tile;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kPerThread + threadIdx.x;
+  const int64_t j = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kCount;
+  if (j >= tile.class_count) {
+    return;
+  }
+  const Columns<T, kCount> columns(tile, j);
+  const T out_scale = static_cast<T>(args.out_scale);
   for (int64_t i = blockIdx.y; i < tile.row_count; i += gridDim.y) {
     const TileRow<T> row(tile, i);
     const T other_lse = static_cast<const T*>(args.other_lse)[i];
     const bool nothing = args.upstream[i] == 0.0; // even if the row holds NaN
-    T* const out = static_cast<T*>(args.out) + i * tile.class_count;
-    for (int step = 0; step < kPerThread; ++step) {
-      const int64_t j = first + static_cast<int64_t>(step) * kThreads;
-      if (j >= tile.class_count) {
-        break;
+    const Elements<T, kCount> z = row.logits(j, columns);
+    Elements<Out, kCount> out;
+    TORCHMARGIN_UNROLL
+    for (int e = 0; e < kCount; ++e) {
+      T weight = softmax_weight(z.values[e], other_lse) * out_scale;
+      if (args.times_class_factors) {
+        weight *= columns.factors.values[e];
       }
-      T weight = T(0);
-      if (!nothing && j != row.own_column) {
-        weight = softmax_weight(row(j), other_lse);
-        if (args.times_inverse_norms && row.inverse_norms != nullptr) {
-          weight *= row.inverse_norms[j];
-        }
-      }
-      out[j] = weight;
+      out.values[e] = nothing || j + e == row.own_column ? Out(0) : static_cast<Out>(weight);
     }
+    Row<Out>(static_cast<Out*>(args.out) + i * args.out_row_stride, tile.class_count).write(j, out);
+  }
+}
+
+// Calls body(T(), Out()) for the dtypes of products and operands.
+template <typename Body>
+void with_types(c10::ScalarType acc, c10::ScalarType out, Body body) {
+  if (acc == c10::ScalarType::Double) {
+    return body(double(), double());
+  }
+  switch (out) {
+    case c10::ScalarType::Half:
+      return body(float(), c10::Half());
+    case c10::ScalarType::BFloat16:
+      return body(float(), c10::BFloat16());
+    default:
+      return body(float(), float());
   }
 }
 
@@ -41,13 +60,15 @@ void launch_softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc, cud
   if (tile.row_count == 0 || tile.class_count == 0) {
     return;
   }
-  constexpr int64_t per_block = static_cast<int64_t>(kThreads) * kPerThread;
-  const dim3 grid(
-      static_cast<unsigned>((tile.class_count + per_block - 1) / per_block),
-      static_cast<unsigned>(tile.row_count < 65535 ? tile.row_count : 65535));
-  with_acc(acc, [&](auto zero) {
+  with_types(acc, args.out_dtype, [&](auto zero, auto out) {
     using T = decltype(zero);
-    TORCHMARGIN_LAUNCH(softmax_chunk_kernel<T>, grid, kThreads, stream, args);
+    using Out = decltype(out);
+    constexpr int64_t per_block = static_cast<int64_t>(kThreads) * elements_per_thread<T, Out>();
+    const dim3 grid(
+        static_cast<unsigned>((tile.class_count + per_block - 1) / per_block),
+        static_cast<unsigned>(tile.row_count < kBlocksAlongRows ? tile.row_count : kBlocksAlongRows));
+    const auto kernel = softmax_chunk_kernel<T, Out>;
+    TORCHMARGIN_LAUNCH(kernel, grid, kThreads, stream, args);
   });
 }
 

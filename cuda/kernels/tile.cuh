@@ -1,4 +1,4 @@
-// One row of a tile of raw products as logits.
+// One row of a tile of raw products as logits, some columns at a time.
 #pragma once
 
 #include "kernels/device.cuh"
@@ -6,24 +6,51 @@
 
 namespace torchmargin::device {
 
+// What makes logits of the products of some columns.
+template <typename T, int kCount>
+struct Columns {
+  Elements<T, kCount> factors;
+  Elements<T, kCount> bias;
+
+  __device__ Columns(const LogitsTile& tile, int64_t first) {
+    TORCHMARGIN_UNROLL
+    for (int e = 0; e < kCount; ++e) {
+      factors.values[e] = T(1);
+      bias.values[e] = T(0);
+    }
+    if (tile.class_factors != nullptr) {
+      factors = Row<const T>(static_cast<const T*>(tile.class_factors), tile.class_count)
+                    .template read<kCount>(first, T(1));
+    }
+    if (tile.bias != nullptr) {
+      bias = Row<const T>(static_cast<const T*>(tile.bias), tile.class_count).template read<kCount>(first, T(0));
+    }
+  }
+};
+
 template <typename T>
 struct TileRow {
-  const T* dots;
-  const T* inverse_norms; // or nullptr: 1
-  const T* bias; // or nullptr: 0
+  Row<const T> dots;
   T scale;
   int64_t own_column; // the target's, outside [0, class_count) if it is not in this tile
 
   __device__ TileRow(const LogitsTile& tile, int64_t row)
-      : dots(static_cast<const T*>(tile.logits) + row * tile.row_stride),
-        inverse_norms(static_cast<const T*>(tile.inverse_norms)),
-        bias(static_cast<const T*>(tile.bias)),
+      : dots(static_cast<const T*>(tile.logits) + row * tile.row_stride, tile.class_count),
         scale(static_cast<T>(tile.scale)),
-        own_column(tile.target[row] - tile.first_class) {}
+        own_column(tile.target[row] - tile.first_class) {
+    if (tile.row_factors != nullptr) {
+      scale *= static_cast<const T*>(tile.row_factors)[row];
+    }
+  }
 
-  __device__ T operator()(int64_t j) const {
-    const T z = dots[j] * (inverse_norms != nullptr ? inverse_norms[j] * scale : scale);
-    return bias != nullptr ? z + bias[j] : z;
+  template <int kCount>
+  __device__ Elements<T, kCount> logits(int64_t first, const Columns<T, kCount>& columns) const {
+    Elements<T, kCount> z = dots.template read<kCount>(first, T(0));
+    TORCHMARGIN_UNROLL
+    for (int e = 0; e < kCount; ++e) {
+      z.values[e] = z.values[e] * (columns.factors.values[e] * scale) + columns.bias.values[e];
+    }
+    return z;
   }
 };
 

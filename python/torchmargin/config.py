@@ -28,6 +28,8 @@ class Plan(NamedTuple):
     lanes: int  # threads that each work on chunks of their own; 1: all share out each product
     row_tile: int  # rows in one product
     class_chunk: int  # classes in one product
+    input_splits: int  # slices of a chunk that grad_input's product is cut into, for GPUs
+    operand_dtype: torch.dtype  # what the products read; they accumulate in float32 or float64
     kept_classes: int  # leading classes whose products are kept for the backward pass
     scratch_bytes: int  # workspace beside what is kept
     workspace_limit: int
@@ -70,8 +72,18 @@ def workspace_limit(bytes: int, device_type: str = "cpu") -> Iterator[None]:
 
 
 def plan(
-    batch: int, features: int, classes: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    batch: int,
+    features: int,
+    classes: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    compute_dtype: torch.dtype | None = None,
 ) -> Plan:
-    """Which path and chunking a problem of this size would run with, under the present limit."""
+    """Which path and chunking a problem of this size would run with, under the present limit.
+
+    ``compute_dtype`` is that of the ops, which autocast sets for float32 weights.
+    """
     name = str(dtype).removeprefix("torch.")
-    return Plan(**_C.plan(batch, features, classes, name, torch.device(device).type))
+    compute = "" if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
+    found = _C.plan(batch, features, classes, name, torch.device(device).type, compute)
+    return Plan(**{**found, "operand_dtype": getattr(torch, found["operand_dtype"])})

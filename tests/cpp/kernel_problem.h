@@ -44,7 +44,8 @@ struct KernelProblem {
   std::vector<T> wide_input = std::vector<T>(input.begin(), input.end());
   std::vector<T> wide_weight = std::vector<T>(weight.begin(), weight.end());
   std::vector<T> logits = random_values<T>(rows * classes, 3, 0.1);
-  std::vector<T> inverse_norms = std::vector<T>(classes, T(0.16));
+  std::vector<T> inverse_norms = std::vector<T>(classes);
+  std::vector<T> row_factors = std::vector<T>(rows, T(1.25));
   std::vector<T> bias = random_values<T>(classes, 10);
   std::vector<T> other_lse = std::vector<T>(rows, T(9));
   std::vector<double> upstream = random_values<double>(rows, 4);
@@ -60,6 +61,10 @@ struct KernelProblem {
     }
     if (rows > 4) {
       upstream[4] = 0.0;
+    }
+    for (int64_t j = 0; j < classes; ++j) {
+      const T* const w = wide_weight.data() + j * features;
+      inverse_norms[j] = static_cast<T>(1.0 / std::sqrt(std::inner_product(w, w + features, w, 0.0)));
     }
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return target[a] < target[b]; });
@@ -90,7 +95,7 @@ struct KernelProblem {
         none,
         none};
   }
-  LogitsTile tile(bool with_bias = false) const {
+  LogitsTile tile(bool with_bias = false, bool with_row_factors = false) const {
     return {
         logits.data(),
         classes,
@@ -99,6 +104,7 @@ struct KernelProblem {
         /*first_class=*/0,
         target.data(),
         16.0,
+        with_row_factors ? row_factors.data() : nullptr,
         inverse_norms.data(),
         with_bias ? bias.data() : nullptr};
   }

@@ -163,6 +163,10 @@ def test_settings_refuse_nonsense():
         torchmargin.get_workspace_limit("tpu")
     with pytest.raises(ValueError, match="expected dtype float64, float32, bfloat16 or float16, but got 'int64'"):
         torchmargin.plan(4, 5, 6, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match="expected compute_dtype float16, .* with dtype float32 only, but got 'float16'"
+    ):
+        torchmargin.plan(4, 5, 6, dtype=torch.float64, compute_dtype=torch.float16)
     with pytest.raises(ValueError, match="expected B >= 0, D >= 1 and C >= 1"):
         torchmargin.plan(4, 0, 6)
     if not torchmargin.config.cuda_architectures():

@@ -85,6 +85,10 @@ inline double __shfl_xor_sync(unsigned mask, double value, int offset) {
   return other;
 }
 
+inline float __shfl_xor_sync(unsigned mask, float value, int offset) {
+  return static_cast<float>(__shfl_xor_sync(mask, static_cast<double>(value), offset));
+}
+
 namespace device_on_host {
 
 // Runs `body` in every thread of every block.
@@ -122,5 +126,6 @@ inline void launch(dim3 grid, dim3 threads, const std::function<void()>& body) {
 #define TORCHMARGIN_SHARED(type, name, size) \
   type* const name =                         \
       static_cast<type*>(::device_on_host::block->shared(::device_on_host::next_array++, sizeof(type) * (size)))
+#define TORCHMARGIN_UNROLL
 #define TORCHMARGIN_LAUNCH(kernel, grid, block, stream, ...) \
   ((void)(stream), ::device_on_host::launch((grid), (block), [&] { (kernel)(__VA_ARGS__); }))

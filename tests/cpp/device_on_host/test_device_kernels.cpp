@@ -20,8 +20,8 @@ using torchmargin::testing::random_values;
 template <typename T>
 constexpr double kTolerance = std::is_same_v<T, double> ? 1e-12 : 2e-6;
 
-template <typename T>
-void expect_close(const std::vector<T>& got, const std::vector<T>& expected, const char* what, double tolerance) {
+template <typename Got, typename T>
+void expect_close(const std::vector<Got>& got, const std::vector<T>& expected, const char* what, double tolerance) {
   double size = 0.0;
   for (const T& value : expected) {
     size = std::isfinite(static_cast<double>(value)) ? std::max(size, std::fabs(static_cast<double>(value))) : size;
@@ -53,32 +53,68 @@ TYPED_TEST_SUITE(DeviceKernels, Types);
   using T = std::tuple_element_t<1, TypeParam>;      \
   [[maybe_unused]] constexpr c10::ScalarType kAcc = dtype_of<T>;
 
-// Rows, features, classes: fewer than a warp, one more than a warp, more than a block, several slices.
-constexpr std::array<std::array<int64_t, 3>, 4> kSizes{{{1, 1, 1}, {5, 31, 33}, {13, 70, 300}, {9, 300, 1100}}};
+// Rows, features, classes: fewer than a warp, one more than a warp, more than a block, several slices, rows that begin
+// at 16 bytes and others.
+constexpr std::array<std::array<int64_t, 3>, 5> kSizes{
+    {{1, 1, 1}, {5, 31, 33}, {13, 70, 300}, {9, 300, 1100}, {6, 264, 2120}}};
+
+// The dtype of the operands that such parameters have on a GPU, beside acc.
+template <typename Scalar>
+using Narrow = std::conditional_t<std::is_same_v<Scalar, float>, c10::Half, Scalar>;
+
+// The rounding of a result to 16 bits, beside the error of float32 sums.
+template <typename Out, typename T>
+constexpr double kOutTolerance = std::is_same_v<Out, c10::Half> ? 0x1p-11
+    : std::is_same_v<Out, c10::BFloat16>                        ? 0x1p-8
+                                                                : kTolerance<T>;
+
+// Loads rows of `input`, given transposed if `strided`, to Out.
+template <typename Out, typename Scalar, typename T>
+void check_load_rows(const KernelProblem<Scalar, T>& p, bool unit, bool weighted, bool strided) {
+  const double operand_scale = 0.5;
+  std::vector<Scalar> transposed(p.input.size());
+  for (int64_t i = 0; i < p.rows; ++i) {
+    for (int64_t k = 0; k < p.features; ++k) {
+      transposed[k * p.rows + i] = p.input[i * p.features + k];
+    }
+  }
+  const int64_t row_length = p.features + 5; // what lies behind a row must stay
+  const auto run = [&](auto zero, const RawMatrix& rows, auto load) {
+    using To = decltype(zero);
+    std::vector<To> out(p.rows * row_length, To(7));
+    std::vector<T> norms(p.rows);
+    std::vector<double> sum(p.features, 1.0);
+    load(LoadRowsArgs{
+        rows, p.rows, p.features, /*normalize=*/true, out.data(), dtype_of<To>, row_length, unit,
+        weighted ? p.upstream.data() : nullptr, weighted ? &operand_scale : nullptr, norms.data(), sum.data()});
+    return std::tuple(out, norms, sum);
+  };
+  constexpr c10::ScalarType acc = dtype_of<T>;
+  const RawMatrix source = strided ? RawMatrix{transposed.data(), dtype_of<Scalar>, 1, p.rows}
+                                   : RawMatrix{p.input.data(), dtype_of<Scalar>, p.features, 1};
+  const auto got = run(Out(), source, [&](const LoadRowsArgs& args) { device::launch_load_rows(args, acc, nullptr); });
+  const auto expected = run(T(), {p.wide_input.data(), acc, p.features, 1}, [&](const LoadRowsArgs& args) {
+    cpu::load_rows_range(args, acc, 0, p.rows);
+    cpu::sum_rows_range(args, acc, 0, p.features);
+  });
+  expect_close(std::get<0>(got), std::get<0>(expected), "rows", kOutTolerance<Out, T>);
+  expect_close(std::get<1>(got), std::get<1>(expected), "inverse norms", kTolerance<T>);
+  expect_close(std::get<2>(got), std::get<2>(expected), "sum", kTolerance<T>);
+}
 
 TYPED_TEST(DeviceKernels, LoadRows) {
   TORCHMARGIN_TYPES
   for (const auto& [rows, features, classes] : kSizes) {
-    for (const bool scale : {false, true}) {
-      const KernelProblem<Scalar, T> p(rows, features, classes);
-      const double operand_scale = 0.5;
-      const auto run = [&](auto load) {
-        std::vector<T> data = p.wide_input;
-        std::vector<T> norms(rows);
-        std::vector<double> sum(features, 1.0);
-        load(LoadRowsArgs{
-            data.data(), features, rows, features, /*normalize=*/true, scale, scale ? p.upstream.data() : nullptr,
-            scale ? &operand_scale : nullptr, norms.data(), sum.data()});
-        return std::tuple(data, norms, sum);
-      };
-      const auto got = run([&](const LoadRowsArgs& args) { device::launch_load_rows(args, kAcc, nullptr); });
-      const auto expected = run([&](const LoadRowsArgs& args) {
-        cpu::load_rows_range(args, kAcc, 0, rows);
-        cpu::sum_rows_range(args, kAcc, 0, features);
-      });
-      expect_close(std::get<0>(got), std::get<0>(expected), "rows", kTolerance<T>);
-      expect_close(std::get<1>(got), std::get<1>(expected), "inverse norms", kTolerance<T>);
-      expect_close(std::get<2>(got), std::get<2>(expected), "sum", kTolerance<T>);
+    KernelProblem<Scalar, T> p(rows, features, classes);
+    if (rows > 4) {
+      p.input[4 * features] = std::numeric_limits<Scalar>::quiet_NaN(); // a row without an upstream gradient
+      p.wide_input[4 * features] = std::numeric_limits<T>::quiet_NaN();
+    }
+    for (const bool weighted : {false, true}) {
+      for (const bool unit : {false, true}) {
+        check_load_rows<T>(p, unit, weighted, /*strided=*/unit);
+        check_load_rows<Narrow<Scalar>>(p, unit, weighted, /*strided=*/!unit);
+      }
     }
   }
 }
@@ -93,7 +129,7 @@ TYPED_TEST(DeviceKernels, AccumulateChunk) {
       }
       const auto run = [&](auto accumulate) {
         std::vector<double> shift(rows, 1.0), sum(rows, 2.0), maximum(rows, -3.0);
-        accumulate(AccumulateChunkArgs{p.tile(!bounded), bounded, shift.data(), sum.data(), maximum.data()});
+        accumulate(AccumulateChunkArgs{p.tile(!bounded, !bounded), bounded, shift.data(), sum.data(), maximum.data()});
         for (int64_t i = 0; i < rows; ++i) { // shift and sum may differ, what they mean may not
           sum[i] = shift[i] + std::log(sum[i]);
         }
@@ -108,24 +144,70 @@ TYPED_TEST(DeviceKernels, AccumulateChunk) {
   }
 }
 
+// A row of -inf and +inf logits, and logits far below 0 only: the shift is the largest finite one.
+TYPED_TEST(DeviceKernels, AccumulateExtremeLogits) {
+  TORCHMARGIN_TYPES
+  KernelProblem<Scalar, T> p(5, 3, 1100);
+  const T infinity = std::numeric_limits<T>::infinity();
+  std::fill(p.logits.begin(), p.logits.begin() + 1100, T(-60));
+  std::fill(p.logits.begin() + 1100, p.logits.begin() + 1600, -infinity);
+  std::fill(p.logits.begin() + 2 * 1100, p.logits.begin() + 3 * 1100, -infinity);
+  p.logits[3 * 1100 + 700] = infinity;
+  std::vector<double> shift(5, -INFINITY), sum(5), maximum(5, -INFINITY);
+  const LogitsTile tile = p.tile();
+  device::launch_accumulate_chunk({tile, /*bounded=*/false, shift.data(), sum.data(), maximum.data()}, kAcc, nullptr);
+  double largest = -INFINITY;
+  double expected = 0.0;
+  for (int64_t j = 1; j < 1100; ++j) { // row 0's target is class 0
+    largest = std::max(largest, -60.0 * 16.0 * static_cast<double>(p.inverse_norms[j]));
+  }
+  for (int64_t j = 1; j < 1100; ++j) {
+    expected += std::exp(-60.0 * 16.0 * static_cast<double>(p.inverse_norms[j]) - largest);
+  }
+  EXPECT_NEAR(shift[0] + std::log(sum[0]), largest + std::log(expected), 1e-6 * std::fabs(largest));
+  EXPECT_NEAR(maximum[0], largest, 1e-6 * std::fabs(largest));
+  EXPECT_TRUE(std::isfinite(shift[1] + std::log(sum[1])));
+  EXPECT_EQ(shift[2] + std::log(sum[2]), -INFINITY);
+  EXPECT_EQ(maximum[2], -INFINITY);
+  EXPECT_EQ(shift[3] + std::log(sum[3]), INFINITY);
+  EXPECT_EQ(maximum[3], INFINITY);
+}
+
+template <typename Out, typename Scalar, typename T>
+void check_softmax_chunk(KernelProblem<Scalar, T>& p, bool with_bias) {
+  p.other_lse[0] = T(70); // everything of this row is below exp(-50)
+  if (p.rows > 4) {
+    p.logits[4 * p.classes] = std::numeric_limits<T>::quiet_NaN(); // a row without an upstream gradient
+  }
+  const int64_t row_length = (p.classes + 15) / 8 * 8; // what lies behind a row must stay
+  constexpr double scale = 0.5;
+  const auto run = [&](auto zero, auto softmax) {
+    using To = decltype(zero);
+    std::vector<To> out(p.rows * row_length, To(7));
+    softmax(SoftmaxChunkArgs{
+        p.tile(with_bias, with_bias), p.other_lse.data(), p.upstream.data(), !with_bias, out.data(), row_length,
+        dtype_of<To>, std::is_same_v<To, T> ? 1.0 : scale});
+    return out;
+  };
+  const auto got =
+      run(Out(), [&](const SoftmaxChunkArgs& args) { device::launch_softmax_chunk(args, dtype_of<T>, nullptr); });
+  auto expected = run(T(), [&](const SoftmaxChunkArgs& args) { cpu::softmax_range(args, dtype_of<T>, 0, p.rows); });
+  for (int64_t i = 0; i < p.rows && !std::is_same_v<Out, T>; ++i) {
+    for (int64_t j = 0; j < p.classes; ++j) {
+      expected[i * row_length + j] *= static_cast<T>(scale);
+    }
+  }
+  expect_close(got, expected, "softmax", kOutTolerance<Out, T>);
+  EXPECT_EQ(got[0], Out(0));
+}
+
 TYPED_TEST(DeviceKernels, SoftmaxChunk) {
   TORCHMARGIN_TYPES
   for (const auto& [rows, features, classes] : kSizes) {
     for (const bool with_bias : {false, true}) {
       KernelProblem<Scalar, T> p(rows, features, classes);
-      p.other_lse[0] = T(70); // everything of this row is below exp(-50)
-      if (rows > 4) {
-        p.logits[4 * classes] = std::numeric_limits<T>::quiet_NaN(); // a row without an upstream gradient
-      }
-      const auto run = [&](auto softmax) {
-        std::vector<T> out(rows * classes, T(7));
-        softmax(SoftmaxChunkArgs{p.tile(with_bias), p.other_lse.data(), p.upstream.data(), !with_bias, out.data()});
-        return out;
-      };
-      const auto got = run([&](const SoftmaxChunkArgs& args) { device::launch_softmax_chunk(args, kAcc, nullptr); });
-      const auto expected = run([&](const SoftmaxChunkArgs& args) { cpu::softmax_range(args, kAcc, 0, rows); });
-      expect_close(got, expected, "softmax", kTolerance<T>);
-      EXPECT_EQ(got[0], T(0));
+      check_softmax_chunk<T>(p, with_bias);
+      check_softmax_chunk<Narrow<Scalar>>(p, with_bias);
     }
   }
 }
@@ -159,30 +241,42 @@ TYPED_TEST(DeviceKernels, FinishClasses) {
     for (const bool normalize : {true, false}) {
       for (const bool smoothing : {true, false}) {
         const KernelProblem<Scalar, T> p(rows, features, classes);
-        const std::vector<T> products = random_values<T>(classes * features, 6);
-        const double operand_scale = 0.25;
+        const int64_t row_length = (features + 15) / 8 * 8;
+        const std::vector<T> products = random_values<T>(classes * row_length, 6);
+        const double products_scale = 0.25;
         const double total = std::accumulate(p.upstream.begin(), p.upstream.end(), 0.0);
-        const auto run = [&](auto finish, bool in_place) {
-          std::vector<T> gradient(classes * features);
-          std::vector<T> source = products;
+        const auto run = [&](auto zero, const std::vector<T>& source, bool lack_norms, const RawMatrix& weight,
+                             auto finish) {
+          using Out = decltype(zero);
+          std::vector<Out> gradient(classes * features);
           std::vector<T> bias = random_values<T>(classes, 7);
           finish(FinishClassesArgs{
-              p.context(normalize), p.upstreams(smoothing), 0, classes, source.data(),
-              in_place ? source.data() : gradient.data(), p.wide_weight.data(), features,
-              normalize ? p.inverse_norms.data() : nullptr, bias.data(), &operand_scale,
+              p.context(normalize), p.upstreams(smoothing), 0, classes, source.data(), row_length, lack_norms,
+              gradient.data(), weight, normalize ? p.inverse_norms.data() : nullptr, bias.data(), &products_scale,
               smoothing ? p.weight_sum.data() : nullptr, smoothing ? &total : nullptr, p.sorted_target.data(),
               p.order.data(), rows});
-          return std::tuple(in_place ? source : gradient, bias);
+          return std::tuple(gradient, bias);
         };
         const auto on_device = [&](const FinishClassesArgs& args) {
           device::launch_finish_classes(args, kAcc, nullptr);
         };
-        const auto expected =
-            run([&](const FinishClassesArgs& args) { cpu::finish_classes_range(args, kAcc, 0, classes); }, false);
-        for (const bool in_place : {false, true}) {
-          const auto got = run(on_device, in_place);
-          expect_close(std::get<0>(got), std::get<0>(expected), "grad_weight", 4 * kTolerance<T>);
-          expect_close(std::get<1>(got), std::get<1>(expected), "grad_bias", kTolerance<T>);
+        const auto on_cpu = [&](const FinishClassesArgs& args) { cpu::finish_classes_range(args, kAcc, 0, classes); };
+        const RawMatrix given{p.weight.data(), dtype_of<Scalar>, features, 1};
+        const RawMatrix wide{p.wide_weight.data(), kAcc, features, 1};
+        const auto expected = run(T(), products, false, wide, on_cpu);
+        const auto got = run(Scalar(), products, false, given, on_device);
+        const double tolerance = std::max(4 * kTolerance<T>, kOutTolerance<Scalar, T>);
+        expect_close(std::get<0>(got), std::get<0>(expected), "grad_weight", tolerance);
+        expect_close(std::get<1>(got), std::get<1>(expected), "grad_bias", kTolerance<T>);
+        if (normalize) { // products without 1 / |w_j|, as unit vectors give them
+          std::vector<T> lacking = products;
+          for (int64_t j = 0; j < classes; ++j) {
+            for (int64_t k = 0; k < features; ++k) {
+              lacking[j * row_length + k] /= p.inverse_norms[j];
+            }
+          }
+          const auto completed = run(Scalar(), lacking, true, given, on_device);
+          expect_close(std::get<0>(completed), std::get<0>(expected), "grad_weight", tolerance);
         }
       }
     }
@@ -196,10 +290,11 @@ TYPED_TEST(DeviceKernels, FinishRows) {
       const KernelProblem<Scalar, T> p(rows, features, classes);
       const auto run = [&](auto finish) {
         std::vector<T> gradient = random_values<T>(rows * features, 8);
+        const double products_scale = 0.5;
         std::vector<double> grad_m2(rows), grad_m3(rows);
         finish(FinishRowsArgs{
-            p.context(normalize), p.upstreams(normalize), rows, p.weight_sum.data(), gradient.data(), grad_m2.data(),
-            grad_m3.data()});
+            p.context(normalize), p.upstreams(normalize), rows, p.weight_sum.data(), gradient.data(), &products_scale,
+            grad_m2.data(), grad_m3.data()});
         return std::tuple(gradient, grad_m2, grad_m3);
       };
       const auto got = run([&](const FinishRowsArgs& args) { device::launch_finish_rows(args, kAcc, nullptr); });

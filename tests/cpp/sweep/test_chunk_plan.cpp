@@ -2,17 +2,24 @@
 #include <gtest/gtest.h>
 
 #include "sweep/chunk_plan.h"
+#include "sweep/operands.h"
 
 namespace {
 
 using torchmargin::choose_chunk_plan;
 using torchmargin::ChunkPlan;
+using torchmargin::kept_columns;
 using torchmargin::SweepSizes;
 
 constexpr int64_t kMiB = int64_t{1} << 20;
 
 SweepSizes float32(int64_t rows, int64_t features, int64_t classes) {
-  return {rows, features, classes, 4, false, false, 2};
+  return {rows, features, classes, 4, 4, false, false, 2};
+}
+
+// float32 parameters with 16-bit products on a GPU.
+SweepSizes on_gpu(int64_t rows, int64_t features, int64_t classes) {
+  return {rows, features, classes, 4, 2, true, false, 1, torchmargin::kGpuTile};
 }
 
 TEST(ChunkPlan, StaysUnderTheLimitOrSaysThatItCannot) {
@@ -21,17 +28,20 @@ TEST(ChunkPlan, StaysUnderTheLimitOrSaysThatItCannot) {
       for (const int64_t classes : {int64_t{1}, int64_t{10}, int64_t{100000}, int64_t{20000000}}) {
         for (const int64_t limit : {int64_t{1024}, int64_t{4096}, kMiB, 256 * kMiB}) {
           for (const bool half : {false, true}) {
-            const SweepSizes sizes{rows, features, classes, 4, half, half, half ? 1 : 8};
-            const ChunkPlan plan = choose_chunk_plan(sizes, limit);
-            EXPECT_GE(plan.row_tile, 1);
-            EXPECT_GE(plan.class_chunk, 1);
-            EXPECT_LE(plan.class_chunk, classes);
-            const int64_t kept = rows * plan.kept_classes * sizes.acc_bytes;
-            EXPECT_EQ(plan.fits, plan.scratch_bytes <= limit);
-            if (plan.fits) {
-              EXPECT_LE(plan.scratch_bytes + kept, limit);
+            for (const SweepSizes& sizes :
+                 {SweepSizes{rows, features, classes, 4, 4, half, half, half ? 1 : 8},
+                  on_gpu(rows, features, classes)}) {
+              const ChunkPlan plan = choose_chunk_plan(sizes, limit);
+              EXPECT_GE(plan.row_tile, 1);
+              EXPECT_GE(plan.class_chunk, 1);
+              EXPECT_LE(plan.class_chunk, classes);
+              const int64_t kept = rows * kept_columns(plan.kept_classes, classes) * sizes.acc_bytes;
+              EXPECT_EQ(plan.fits, plan.scratch_bytes <= limit);
+              if (plan.fits) {
+                EXPECT_LE(plan.scratch_bytes + kept, limit);
+              }
+              EXPECT_TRUE(plan.kept_classes == classes || plan.kept_classes % plan.class_chunk == 0);
             }
-            EXPECT_TRUE(plan.kept_classes == classes || plan.kept_classes % plan.class_chunk == 0);
           }
         }
       }
@@ -53,6 +63,47 @@ TEST(ChunkPlan, ShrinksClassesBeforeRows) {
   EXPECT_EQ(tight.row_tile, roomy.row_tile);
   const ChunkPlan tiny = choose_chunk_plan(float32(256, 512, 100000), kMiB / 4);
   EXPECT_LT(tiny.row_tile, roomy.row_tile);
+}
+
+TEST(ChunkPlan, FillsAGpu) {
+  const ChunkPlan plan = choose_chunk_plan(on_gpu(1024, 512, 360232), 256 * kMiB);
+  EXPECT_EQ(plan.row_tile, 1024);
+  EXPECT_EQ(plan.class_chunk % torchmargin::kOutputTile, 0);
+  EXPECT_LE(plan.row_tile * plan.class_chunk * 4, 32 * kMiB); // logits that stay in the L2 cache
+  EXPECT_EQ(plan.input_splits, 4); // 8 x 4 output tiles of grad_input for 128 and more processors
+  EXPECT_EQ(choose_chunk_plan(on_gpu(4096, 512, 360232), 256 * kMiB).input_splits, 1);
+  EXPECT_EQ(choose_chunk_plan(on_gpu(64, 512, 360232), 256 * kMiB).input_splits, torchmargin::kMostSplits);
+  EXPECT_EQ(choose_chunk_plan(on_gpu(64, 512, 300), 256 * kMiB).input_splits, 1); // too few classes
+}
+
+TEST(ChunkPlan, WorkspaceRowsBeginAt16Bytes) {
+  EXPECT_EQ(on_gpu(1, 1, 1).padded(1), 8);
+  EXPECT_EQ(on_gpu(1, 1, 1).padded(512), 512);
+  EXPECT_EQ(float32(1, 1, 1).padded(7), 7);
+  EXPECT_EQ(kept_columns(61, 61), 64);
+  EXPECT_EQ(kept_columns(12, 61), 12);
+}
+
+// What is read in which form: the contract's list.
+TEST(Operands, AreChosenByDtypeAndDevice) {
+  using c10::ScalarType;
+  using torchmargin::choose_operands;
+  using torchmargin::DeviceKind;
+  const auto gpu = [](ScalarType dtype, std::optional<ScalarType> compute = std::nullopt) {
+    return choose_operands(DeviceKind::gpu, dtype, compute);
+  };
+  for (const ScalarType narrow : {ScalarType::Half, ScalarType::BFloat16}) {
+    EXPECT_EQ(choose_operands(DeviceKind::cpu, ScalarType::Float, narrow).dtype, ScalarType::Float);
+    EXPECT_EQ(choose_operands(DeviceKind::cpu, narrow, std::nullopt).dtype, ScalarType::Float);
+    EXPECT_EQ(gpu(ScalarType::Float, narrow).dtype, ScalarType::Half);
+    EXPECT_TRUE(gpu(ScalarType::Float, narrow).unit);
+  }
+  EXPECT_EQ(gpu(ScalarType::Float).dtype, ScalarType::Float);
+  EXPECT_EQ(gpu(ScalarType::Float, ScalarType::Float).dtype, ScalarType::Float);
+  EXPECT_EQ(gpu(ScalarType::Double).dtype, ScalarType::Double);
+  EXPECT_TRUE(gpu(ScalarType::Half).unit);
+  EXPECT_EQ(gpu(ScalarType::BFloat16).dtype, ScalarType::BFloat16);
+  EXPECT_FALSE(gpu(ScalarType::BFloat16).unit);
 }
 
 TEST(ChunkPlan, IndicesPast32Bits) {

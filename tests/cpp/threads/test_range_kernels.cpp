@@ -44,14 +44,26 @@ void expect_equal_bits(Kernel kernel) {
 
 TEST(Threads, LoadRowsAndTheirSum) {
   expect_equal_bits([](int64_t threads) {
-    Problem p(kRows, kFeatures, kClasses);
+    const Problem p(kRows, kFeatures, kClasses);
     std::vector<float> norms(kRows);
     std::vector<double> sum(kFeatures);
-    const LoadRowsArgs args{p.wide_input.data(), kFeatures, kRows,        kFeatures, true, true,
-                            p.upstream.data(),   nullptr,   norms.data(), sum.data()};
+    std::vector<float> out(kRows * kFeatures);
+    const LoadRowsArgs args{
+        {p.wide_input.data(), kAcc, kFeatures, 1},
+        kRows,
+        kFeatures,
+        /*normalize=*/true,
+        out.data(),
+        kAcc,
+        kFeatures,
+        /*unit=*/true,
+        p.upstream.data(),
+        /*operand_scale=*/nullptr,
+        norms.data(),
+        sum.data()};
     run([&](int64_t b, int64_t e) { load_rows_range(args, kAcc, b, e); }, kRows, threads);
     run([&](int64_t b, int64_t e) { sum_rows_range(args, kAcc, b, e); }, kFeatures, threads);
-    return std::tuple(p.wide_input, norms, sum);
+    return std::tuple(out, norms, sum);
   });
 }
 
@@ -62,7 +74,8 @@ TEST(Threads, AccumulateAndSoftmax) {
     const AccumulateChunkArgs accumulate{p.tile(), false, shift.data(), sum.data(), maximum.data()};
     run([&](int64_t b, int64_t e) { accumulate_range(accumulate, kAcc, b, e); }, kRows, threads);
     std::vector<float> softmax(kRows * kClasses);
-    const SoftmaxChunkArgs args{p.tile(), p.other_lse.data(), p.upstream.data(), true, softmax.data()};
+    const SoftmaxChunkArgs args{p.tile(), p.other_lse.data(), p.upstream.data(), true, softmax.data(), kClasses,
+                                kAcc,     /*out_scale=*/1.0};
     run([&](int64_t b, int64_t e) { softmax_range(args, kAcc, b, e); }, kRows, threads);
     return std::tuple(shift, sum, maximum, softmax);
   });
@@ -106,9 +119,10 @@ TEST(Threads, FinishClassesAndRows) {
         0,
         kClasses,
         grad_weight.data(),
-        grad_weight.data(),
-        p.weight.data(),
         kFeatures,
+        /*products_lack_norms=*/false,
+        grad_weight.data(),
+        {p.weight.data(), kAcc, kFeatures, 1},
         p.inverse_norms.data(),
         grad_bias.data(),
         &one,
@@ -120,8 +134,8 @@ TEST(Threads, FinishClassesAndRows) {
     run([&](int64_t b, int64_t e) { finish_classes_range(classes, kAcc, b, e); }, kClasses, threads);
     std::vector<float> grad_input = random_values<float>(kRows * kFeatures, 8);
     std::vector<double> grad_m2(kRows), grad_m3(kRows);
-    const FinishRowsArgs rows{p.context(),       upstream,       kRows,         p.weight_sum.data(),
-                              grad_input.data(), grad_m2.data(), grad_m3.data()};
+    const FinishRowsArgs rows{p.context(),       upstream, kRows,          p.weight_sum.data(),
+                              grad_input.data(), &one,     grad_m2.data(), grad_m3.data()};
     run([&](int64_t b, int64_t e) { finish_rows_range(rows, kAcc, b, e); }, kRows, threads);
     return std::tuple(grad_weight, grad_bias, grad_input, grad_m2, grad_m3);
   });

@@ -1,0 +1,333 @@
+// The whole sweep as a GPU runs it (its plan, its 16-bit operands, its kernels) on the CPU: the CUDA kernels run thread
+// by thread on the stand-in, the products are ATen's of the same 16-bit numbers in float32. Against the CPU's sweep in
+// float64.
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include "cpu/sweep_kernels.h"
+#include "kernels/launch.h"
+#include "sweep/class_sweep.h"
+#include "sweep/settings.h"
+
+namespace {
+
+using namespace torchmargin;
+
+void run_lanes(int64_t lanes, const std::function<void(int64_t)>& body) {
+  ASSERT_EQ(lanes, 1); // a stream is one queue
+  body(0);
+}
+
+const SweepKernels kDevice{
+    DeviceKind::gpu,
+    [](const LoadRowsArgs& args, c10::ScalarType acc) { device::launch_load_rows(args, acc, nullptr); },
+    [](const AccumulateChunkArgs& args, c10::ScalarType acc) { device::launch_accumulate_chunk(args, acc, nullptr); },
+    [](const SoftmaxChunkArgs& args, c10::ScalarType acc) { device::launch_softmax_chunk(args, acc, nullptr); },
+    [](const TargetPassArgs& args, c10::ScalarType acc) { device::launch_target_pass(args, acc, nullptr); },
+    [](const FinishClassesArgs& args, c10::ScalarType acc) { device::launch_finish_classes(args, acc, nullptr); },
+    [](const FinishRowsArgs& args, c10::ScalarType acc) { device::launch_finish_rows(args, acc, nullptr); },
+    run_lanes,
+    [](void*, int64_t) {}};
+
+struct Case {
+  std::string name;
+  at::ScalarType dtype = at::kFloat;
+  std::optional<at::ScalarType> compute_dtype;
+  bool normalize_input = true;
+  bool normalize_weight = true;
+  bool with_bias = false;
+  bool smoothing = false;
+  int64_t kept = 0; // classes
+  double upstream_scale = 1.0;
+  int64_t rows = 9;
+  int64_t features = 13;
+  int64_t classes = 61;
+};
+
+std::ostream& operator<<(std::ostream& out, const Case& c) {
+  return out << c.name;
+}
+
+struct Results {
+  ForwardResult forward;
+  Gradients gradients;
+};
+
+LinearProblem make_problem(const Case& c) {
+  torch::manual_seed(1);
+  LinearProblem p;
+  p.input = torch::randn({c.rows, c.features}, torch::kFloat64).mul_(0.5).to(c.dtype);
+  p.weight = torch::randn({c.classes, c.features}, torch::kFloat64).mul_(0.3).to(c.dtype);
+  p.target = torch::randint(0, c.classes, {c.rows});
+  p.target[2] = -1;
+  if (c.with_bias) {
+    p.bias = torch::randn({c.classes}, torch::kFloat64).to(c.dtype);
+  }
+  p.margin.scale = c.normalize_input && c.normalize_weight ? 16.0 : 2.0;
+  p.margin.m2 = 0.3;
+  p.normalize_input = c.normalize_input;
+  p.normalize_weight = c.normalize_weight;
+  p.compute_dtype = c.compute_dtype;
+  return p;
+}
+
+// The same problem in float64.
+LinearProblem widen(LinearProblem p) {
+  p.input = p.input.to(at::kDouble);
+  p.weight = p.weight.to(at::kDouble);
+  if (p.bias.has_value()) {
+    p.bias = p.bias->to(at::kDouble);
+  }
+  p.compute_dtype = std::nullopt;
+  return p;
+}
+
+Results run(const LinearProblem& p, const Case& c, int64_t kept, const SweepKernels& kernels) {
+  torch::manual_seed(2);
+  Results r;
+  r.forward = sweep_forward(p, {std::nullopt, c.smoothing, kept}, kernels);
+  const auto upstream = [&] { return (torch::rand({c.rows}, torch::kFloat64) * c.upstream_scale).to(p.acc()); };
+  BackwardRequest request;
+  request.grad_other_lse = upstream();
+  (*request.grad_other_lse)[1] = 0.0; // a row that counts for nothing
+  request.grad_target_logit = upstream();
+  (*request.grad_target_logit)[1] = 0.0;
+  if (c.smoothing) {
+    request.grad_logit_sum = upstream() / double(c.classes);
+    (*request.grad_logit_sum)[1] = 0.0;
+  }
+  request.other_lse = r.forward.other_lse;
+  request.kept = r.forward.kept;
+  request.inverse_norms = r.forward.inverse_norms;
+  request.weight_sum = r.forward.weight_sum;
+  request.wanted = {true, true, p.bias.has_value(), false, false};
+  r.gradients = sweep_backward(p, request, kernels);
+  return r;
+}
+
+double relative_error(const at::Tensor& got, const at::Tensor& expected) {
+  return ((got.to(at::kDouble) - expected).norm() / (expected.norm() + 1e-300)).item<double>();
+}
+
+class DeviceSweep : public ::testing::TestWithParam<Case> {
+ protected:
+  void TearDown() override {
+    set_workspace_limit(c10::DeviceType::CPU, kDefaultWorkspaceLimit);
+  }
+};
+
+TEST_P(DeviceSweep, AgreesWithTheCpuInFloat64) {
+  const Case& c = GetParam();
+  const LinearProblem p = make_problem(c);
+  const Results expected = run(widen(p), c, 0, cpu::sweep_kernels());
+  set_workspace_limit(c10::DeviceType::CPU, 64 << 10); // several chunks
+  const Results got = run(p, c, c.kept, kDevice);
+
+  const at::ScalarType operands = choose_operands(DeviceKind::gpu, c.dtype, c.compute_dtype).dtype;
+  // A logit is a sum of products of rounded numbers; relative to its size (16 at most) that is the dtype's precision.
+  const double logit = operands == at::kDouble ? 1e-13
+      : operands == at::kFloat                 ? 2e-6
+      : operands == at::kHalf                  ? 16 * 0x1p-11
+                                               : 2e-6; // bfloat16 goes in as it is
+  EXPECT_LT((got.forward.other_lse - expected.forward.other_lse).abs().max().item<double>(), logit);
+  EXPECT_LT((got.forward.target_logit - expected.forward.target_logit).abs().max().item<double>(), 1e-5);
+  if (c.smoothing) {
+    EXPECT_LT(relative_error(got.forward.logit_sum, expected.forward.logit_sum), 1e-5);
+  }
+  // Gradients: Q and both operands are rounded, and so is the result. bfloat16 keeps 8 digits of each.
+  const double tolerance = operands == at::kDouble ? 1e-12
+      : operands == at::kFloat                     ? 4e-6
+      : operands == at::kHalf                      ? 4 * 0x1p-11
+                                                   : 4 * 0x1p-8;
+  for (size_t i = 0; i < 3; ++i) {
+    if (i < 2 || c.with_bias) {
+      EXPECT_EQ(got.gradients[i].scalar_type(), c.dtype);
+      EXPECT_LT(relative_error(got.gradients[i], expected.gradients[i]), tolerance) << "gradient " << i;
+    }
+  }
+  EXPECT_EQ(got.gradients[0][1].abs().max().item<double>(), 0.0);
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  const auto half = at::kHalf;
+  const auto bfloat = at::kBFloat16;
+  for (const auto& [name, dtype, compute] :
+       {std::tuple{"float64", at::kDouble, std::optional<at::ScalarType>()},
+        {"float32", at::kFloat, std::nullopt},
+        {"float32_as_float16", at::kFloat, half},
+        {"float16", half, std::nullopt},
+        {"bfloat16", bfloat, std::nullopt}}) {
+    const auto add = [&](const std::string& what, auto change) {
+      Case c{std::string(name) + "_" + what, dtype, compute};
+      change(c);
+      all.push_back(c);
+    };
+    add("normalised", [](Case&) {});
+    add("kept", [](Case& c) { c.kept = c.classes; });
+    add("some_kept", [](Case& c) { c.kept = 24; });
+    add("smoothed", [](Case& c) { c.smoothing = true; });
+    add("weight_only", [](Case& c) { c.normalize_input = false; });
+    add("input_only", [](Case& c) { c.normalize_weight = false; });
+    add("plain_with_bias", [](Case& c) { c.normalize_input = c.normalize_weight = false, c.with_bias = true; });
+    add("normalised_with_bias", [](Case& c) { c.with_bias = true; });
+    add("split", [](Case& c) { c.rows = 3, c.features = 16, c.classes = 1100; });
+    const double scale = dtype == half ? 0x1p4 : 0x1p20; // float16 gradients hold no more
+    add("scaled_up", [&](Case& c) { c.upstream_scale = scale; });
+    add("scaled_down", [&](Case& c) { c.upstream_scale = 1 / scale; });
+    add("odd_strides", [](Case& c) { c.features = 8; });
+  }
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, DeviceSweep, ::testing::ValuesIn(cases()), [](const auto& info) {
+  return info.param.name;
+});
+
+// Lengths far outside float16: unit vectors and powers of two carry them.
+TEST_F(DeviceSweep, AnyLengthFitsIntoFloat16) {
+  for (const bool normalize : {true, false}) {
+    Case c;
+    c.compute_dtype = at::kHalf;
+    c.normalize_input = c.normalize_weight = normalize;
+    LinearProblem p = make_problem(c);
+    p.input.mul_(1e-7);
+    p.weight.mul_(1e6);
+    p.weight[5].mul_(1e-3);
+    p.weight[7].zero_();
+    p.input[4].zero_();
+    p.margin.m2 = 0.0;
+    const Results expected = run(widen(p), c, 0, cpu::sweep_kernels());
+    const Results got = run(p, c, 0, kDevice);
+    EXPECT_LT((got.forward.other_lse - expected.forward.other_lse).abs().max().item<double>(), 16 * 0x1p-11);
+    for (size_t i = 0; i < 2; ++i) {
+      EXPECT_LT(relative_error(got.gradients[i], expected.gradients[i]), 4 * 0x1p-11) << i << normalize;
+    }
+    EXPECT_EQ(got.gradients[1][7].abs().max().item<double>() == 0.0, normalize);
+  }
+}
+
+// Loss scaling by a power of two changes nothing else, with 16-bit products as well.
+TEST_F(DeviceSweep, LossScalingIsExact) {
+  for (const auto& [dtype, compute] :
+       {std::pair{at::kFloat, std::optional<at::ScalarType>(at::kHalf)}, {at::kFloat, std::nullopt}}) {
+    Case c;
+    c.dtype = dtype;
+    c.compute_dtype = compute;
+    c.smoothing = true;
+    const LinearProblem p = make_problem(c);
+    const Results one = run(p, c, 0, kDevice);
+    for (const double scale : {0x1p24, 0x1p-24}) {
+      c.upstream_scale = scale;
+      const Results scaled = run(p, c, 0, kDevice);
+      for (size_t i = 0; i < 2; ++i) {
+        EXPECT_TRUE(torch::equal(scaled.gradients[i], one.gradients[i] * scale)) << scale;
+      }
+    }
+  }
+}
+
+// A row that holds NaN and has no upstream gradient reaches no gradient and no scale.
+TEST_F(DeviceSweep, UnusedRowsReachNothing) {
+  for (const bool normalize : {true, false}) {
+    Case c;
+    c.compute_dtype = at::kHalf;
+    c.normalize_input = normalize;
+    c.upstream_scale = 0x1p24;
+    LinearProblem p = make_problem(c);
+    const Results expected = run(widen(p), c, 0, cpu::sweep_kernels());
+    p.input[1].fill_(std::numeric_limits<float>::quiet_NaN());
+    const Results got = run(p, c, 0, kDevice);
+    EXPECT_LT(relative_error(got.gradients[1], expected.gradients[1]), 4 * 0x1p-11);
+    EXPECT_TRUE(torch::isfinite(got.gradients[0]).all().item<bool>());
+  }
+}
+
+// The figures of docs/numerics.md: error of logits of unit vectors at scale 64, D = 512.
+TEST_F(DeviceSweep, LogitErrors) {
+  for (const auto& [dtype, compute, most] :
+       {std::tuple{at::kFloat, std::optional<at::ScalarType>(at::kHalf), 1e-3},
+        {at::kHalf, std::nullopt, 1e-3},
+        {at::kBFloat16, std::nullopt, 1e-5}}) {
+    Case c;
+    c.dtype = dtype;
+    c.compute_dtype = compute;
+    c.rows = 16;
+    c.features = 512;
+    c.classes = 400;
+    LinearProblem p = make_problem(c);
+    p.margin.scale = 64.0;
+    p.target.fill_(-1);
+    const at::Tensor got = sweep_logits(p, kDevice).logits;
+    const at::Tensor expected = sweep_logits(widen(p), cpu::sweep_kernels()).logits;
+    const double rms = (got - expected).square().mean().sqrt().item<double>();
+    EXPECT_LT(rms, most);
+    RecordProperty("rms", std::to_string(rms));
+    std::printf("logit error rms %s as %s: %.2e\n", c10::toString(dtype), c10::toString(compute.value_or(dtype)), rms);
+  }
+}
+
+TEST_F(DeviceSweep, GradientsOfLogits) {
+  for (const auto& [dtype, compute] :
+       {std::pair{at::kDouble, std::optional<at::ScalarType>()},
+        {at::kFloat, at::kHalf},
+        {at::kHalf, std::nullopt},
+        {at::kBFloat16, std::nullopt}}) {
+    Case c;
+    c.dtype = dtype;
+    c.compute_dtype = compute;
+    c.with_bias = true;
+    const LinearProblem p = make_problem(c);
+    const at::Tensor upstream = torch::randn({c.rows, c.classes}, torch::kFloat64) * 1e5;
+    const auto backward = [&](const LinearProblem& problem, const SweepKernels& kernels) {
+      const LogitsResult forward = sweep_logits(problem, kernels);
+      return sweep_logits_backward(
+          problem, {upstream.to(problem.acc()), forward.inverse_norms, {true, true, true, false, false}}, kernels);
+    };
+    const Gradients expected = backward(widen(p), cpu::sweep_kernels());
+    const Gradients got = backward(p, kDevice);
+    // Products in float32, the result rounded to the parameters' dtype.
+    const double tolerance = dtype == at::kDouble ? 1e-12
+        : dtype == at::kFloat                     ? 4e-6
+        : dtype == at::kHalf                      ? 0x1p-11
+                                                  : 0x1p-8;
+    for (size_t i = 0; i < 3; ++i) {
+      EXPECT_LT(relative_error(got[i].clamp(-6e4, 6e4), expected[i].clamp(-6e4, 6e4)), tolerance) << i;
+    }
+  }
+}
+
+// Any strides: transposed parameters, expanded rows.
+TEST_F(DeviceSweep, AnyStrides) {
+  for (const at::ScalarType dtype : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16}) {
+    Case c;
+    c.dtype = dtype;
+    LinearProblem p = make_problem(c);
+    const Results expected = run(p, c, 0, kDevice);
+    p.weight = p.weight.t().contiguous().t();
+    p.input = p.input.t().contiguous().t();
+    const Results got = run(p, c, 0, kDevice);
+    for (size_t i = 0; i < 2; ++i) {
+      EXPECT_LT(relative_error(got.gradients[i], expected.gradients[i].to(at::kDouble)), 1e-6);
+    }
+  }
+}
+
+TEST_F(DeviceSweep, EmptyBatch) {
+  Case c;
+  c.compute_dtype = at::kHalf;
+  LinearProblem p = make_problem(c);
+  p.input = p.input.narrow(0, 0, 0);
+  p.target = p.target.narrow(0, 0, 0);
+  const ForwardResult forward = sweep_forward(p, {std::nullopt, false, 0}, kDevice);
+  BackwardRequest request;
+  request.other_lse = forward.other_lse;
+  request.kept = forward.kept;
+  request.inverse_norms = forward.inverse_norms;
+  request.weight_sum = forward.weight_sum;
+  request.wanted = {true, true, false, false, false};
+  const Gradients gradients = sweep_backward(p, request, kDevice);
+  EXPECT_EQ(gradients[1].abs().max().item<double>(), 0.0);
+}
+
+} // namespace
