@@ -7,6 +7,8 @@ CUDA events, contenders interleaved, medians, the L2 cache flushed before each r
 forward + backward, ps per logit (forward + backward), share of the floor (four bare 16-bit products of these
 sizes, measured in the same run), peak MiB beyond inputs and gradients, largest error of a logit. A contender that does
 not fit is named as such. Peers get the same embeddings and weights; "InsightFace order" is its fp16 product, then fp32.
+Fused losses of language models, where they are installed, know no margin: they get 16-bit unit vectors, made once, and
+their normalisation and its gradient are not counted.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from tqdm import tqdm
 import torchmargin
 import torchmargin.functional as F
 
-from peers import MARGIN, SCALE, eager, insightface_order
+from peers import MARGIN, SCALE, eager, fused_language_model_losses, insightface_order
 
 FEATURES = 512
 
@@ -50,6 +52,7 @@ def contenders(dtype: torch.dtype) -> dict:
         "eager": under_autocast(eager),
         "InsightFace order": under_autocast(insightface_order),
         "torch.compile": under_autocast(compiled),
+        **fused_language_model_losses(),
     }
 
 
@@ -94,9 +97,15 @@ def measure(rows: int, classes: int, parameters: torch.dtype, dtype: torch.dtype
     y = torch.randint(0, classes, (rows,), device="cuda")
     scrap = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     runners, results = {}, []
+    given_x, given_w = x, w
+    prenormalised = fused_language_model_losses()
+    unit_x = unit_w = None
+    if prenormalised:
+        unit_x, unit_w = (TF.normalize(t.detach()).to(dtype).requires_grad_() for t in (x, w))
     for name, loss in contenders(dtype).items():
         result = {"name": name, "rows": rows, "classes": classes, "parameters": str(parameters), "compute": str(dtype)}
         results.append(result)
+        x, w = (unit_x, unit_w) if name in prenormalised else (given_x, given_w)
         try:
             torch.cuda.empty_cache()
             torch.autograd.grad(loss(x, w, y), (x, w))  # warm up
@@ -110,10 +119,16 @@ def measure(rows: int, classes: int, parameters: torch.dtype, dtype: torch.dtype
         except torch.OutOfMemoryError:
             result["not_run"] = "out of memory"
             continue
+        except Exception as error:  # a peer that does not take this problem is no reason to stop
+            if name not in prenormalised:
+                raise
+            result["not_run"] = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+            continue
         runners[name] = (
-            lambda loss=loss: loss(x, w, y),
-            lambda loss=loss: torch.autograd.grad(loss(x, w, y), (x, w)),
+            lambda loss=loss, x=x, w=w: loss(x, w, y),
+            lambda loss=loss, x=x, w=w: torch.autograd.grad(loss(x, w, y), (x, w)),
         )
+    x, w = given_x, given_w
     products = floor(x, w, dtype)
     products()
     times = {name: ([], []) for name in runners}

@@ -37,6 +37,28 @@ def insightface_order(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits * SCALE, y)
 
 
+def fused_language_model_losses() -> dict:
+    """name -> loss(unit x, unit w, y): fused linear cross-entropies without a margin, those that are installed."""
+    found = {}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13 and later
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["torch linear_cross_entropy"] = lambda x, w, y: F.linear_cross_entropy(SCALE * x, w, y, options=options)
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["cut-cross-entropy"] = lambda x, w, y: linear_cross_entropy(SCALE * x, w, y)
+    except ImportError:
+        pass
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        found["Liger"] = lambda x, w, y: liger(w, SCALE * x, y)
+    except ImportError:
+        pass
+    return found
+
+
 def peers() -> dict:
     return {
         "eager": eager,

@@ -26,9 +26,13 @@ def _on_gpu(*tensors):
     return [None if t is None else t.detach().cuda().requires_grad_(t.requires_grad) for t in tensors]
 
 
+# float32 products in another order than the CPU's. float16: unit vectors, softmax weights and gradients are rounded to
+# it, so losses have its precision too. bfloat16: weights go in as they are, softmax weights and gradients are rounded.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
+
+
 def _close(got, expected, dtype):
-    """float32 products in another order than the CPU's; 16-bit gradients are rounded once more."""
-    tolerance = {torch.float64: 1e-10, torch.float32: 2e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
+    tolerance = TOLERANCES[dtype]
     error = (got.double().cpu() - expected.double()).norm()
     assert error <= tolerance * (expected.double().norm() + 1e-6), (error, expected.double().norm())
 
@@ -52,7 +56,7 @@ def test_agrees_with_the_cpu(sizes, dtype, with_bias, limit):
     gx, gw, gy, gb = _on_gpu(x, w, y, b)
     loss, expected = (F.linear_margin_cross_entropy(*args, **options) for args in ((gx, gw, gy, gb), (x, w, y, b)))
     assert loss.dtype == expected.dtype
-    _close(loss, expected, torch.float64 if dtype == torch.float64 else torch.float32)
+    _close(loss, expected, torch.float32 if dtype == torch.bfloat16 else dtype)
     for got, true in zip(gradients(loss, gx, gw, gb), gradients(expected, x, w, b)):
         assert got.dtype == dtype
         _close(got, true, dtype)
@@ -75,9 +79,66 @@ def test_other_ops_agree_with_the_cpu(dtype):
 
     (results, grads), (true_results, true_grads) = run(*_on_gpu(x, w, y, b, cosine)), run(x, w, y, b, cosine)
     for got, true in zip(results, true_results):
-        _close(got, true, got.dtype)
+        assert got.dtype == true.dtype
+        _close(got, true, dtype)
     for got, true in zip(grads, true_grads):
         _close(got, true, dtype)
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_16_bit_products_of_float32_parameters(sizes, compute_dtype, normalize, limit):
+    """Against the CPU, which computes in float32: float16 unit vectors whichever type is allowed."""
+    x, w, y, b = problem(*sizes, dtype=torch.float32, bias=not normalize)
+    options = {"normalize_input": normalize, "normalize_weight": normalize, "label_smoothing": 0.1}
+    options |= ARCFACE if normalize else {"scale": 0.3}
+    gx, gw, gy, gb = _on_gpu(x, w, y, b)
+    loss = F.linear_margin_cross_entropy(gx, gw, gy, gb, compute_dtype=compute_dtype, **options)
+    expected = F.linear_margin_cross_entropy(x, w, y, b, **options)
+    _close(loss, expected, torch.float16)
+    for got, true in zip(gradients(loss, gx, gw, gb), gradients(expected, x, w, b)):
+        assert got.dtype == torch.float32
+        _close(got, true, torch.float16)
+
+
+def test_logit_errors_of_16_bit_products():
+    """The figures of docs/numerics.md, at scale 64 and D = 512."""
+    x, w, _, _ = problem(64, 512, 20_000, dtype=torch.float32)
+    for dtype, compute_dtype, most in (
+        (torch.float32, torch.bfloat16, 1e-3),
+        (torch.float16, None, 1e-3),
+        (torch.bfloat16, None, 7e-3),
+    ):
+        gx, gw = (t.detach().to("cuda", dtype) for t in (x, w))
+        got = F.margin_logits(gx, gw, scale=64.0, compute_dtype=compute_dtype).double()
+        true = 64 * torch.nn.functional.normalize(gx.double()) @ torch.nn.functional.normalize(gw.double()).T
+        assert (got - true).square().mean().sqrt() <= most
+
+
+@pytest.mark.parametrize("exponent", [-24, 24])
+@pytest.mark.parametrize("compute_dtype", [None, torch.float16])
+def test_loss_scaling_is_exact(exponent, compute_dtype):
+    x, w, y, _ = _on_gpu(*problem(33, 70, 1100, dtype=torch.float32))
+    loss = F.linear_margin_cross_entropy(x, w, y, compute_dtype=compute_dtype, **ARCFACE)
+    scaled = gradients(loss * 2.0**exponent, x, w)
+    loss = F.linear_margin_cross_entropy(x, w, y, compute_dtype=compute_dtype, **ARCFACE)
+    for got, one in zip(scaled, gradients(loss, x, w)):
+        assert torch.equal(got, one * 2.0**exponent)
+
+
+def test_float32_products_follow_the_tf32_setting():
+    x, w, y, _ = _on_gpu(*problem(256, 512, 3000, dtype=torch.float32))
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        errors = {}
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            true = F.margin_logits(x.double(), w.double(), scale=64.0)
+            errors[allowed] = (F.margin_logits(x, w, scale=64.0) - true).square().mean().sqrt().item()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert errors[False] < 1e-5 < errors[True] < 2e-3
 
 
 @pytest.mark.parametrize("loss", list(oracle.founding_losses()))
@@ -128,11 +189,12 @@ def test_autocast(dtype):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_same_bits_every_run(limit):
+@pytest.mark.parametrize("compute_dtype", [None, torch.float16])
+def test_same_bits_every_run(limit, compute_dtype):
     x, w, y, b = _on_gpu(*problem(300, 129, 5000, dtype=torch.float32, bias=True))
 
     def run():
-        loss = F.linear_margin_cross_entropy(x, w, y, b, label_smoothing=0.1, **ARCFACE)
+        loss = F.linear_margin_cross_entropy(x, w, y, b, label_smoothing=0.1, compute_dtype=compute_dtype, **ARCFACE)
         return [loss, *gradients(loss, x, w, b)]
 
     first = run()
@@ -141,13 +203,16 @@ def test_same_bits_every_run(limit):
             assert torch.equal(one, other)
 
 
-def test_cuda_graph():
+@pytest.mark.parametrize("compute_dtype", [None, torch.float16])
+def test_cuda_graph(compute_dtype):
     """Captured, replayed with other inputs: no synchronisation, and the margin's weight is a tensor."""
     x, w, y, _ = _on_gpu(*problem(64, 128, 3000, dtype=torch.float32))
     weight = torch.ones((), device="cuda")
 
     def step():
-        loss = F.linear_margin_cross_entropy(x, w, y, sample_margin_weight=weight, **ARCFACE)
+        loss = F.linear_margin_cross_entropy(
+            x, w, y, sample_margin_weight=weight, compute_dtype=compute_dtype, **ARCFACE
+        )
         return [loss, *gradients(loss, x, w)]
 
     stream = torch.cuda.Stream()
@@ -167,12 +232,16 @@ def test_cuda_graph():
             assert torch.equal(got, true)
 
 
-def test_no_synchronisation():
+@pytest.mark.parametrize("compute_dtype", [None, torch.float16])
+def test_no_synchronisation(compute_dtype):
     x, w, y, b = _on_gpu(*problem(64, 128, 3000, dtype=torch.float32, bias=True))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = F.linear_margin_cross_entropy(x, w, y, b, label_smoothing=0.1, **ARCFACE)
-        gradients(loss, x, w, b)
+        for normalize in (True, False):
+            loss = F.linear_margin_cross_entropy(
+                x, w, y, b, label_smoothing=0.1, normalize_weight=normalize, compute_dtype=compute_dtype, **ARCFACE
+            )
+            gradients(loss, x, w, b)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -197,14 +266,15 @@ def test_second_device():
     assert loss.device.index == 1 and torch.equal(loss.cpu(), expected.cpu())
 
 
-def test_memory_at_a_million_classes():
+@pytest.mark.parametrize("compute_dtype", [None, torch.float16])
+def test_memory_at_a_million_classes(compute_dtype):
     rows, features, classes = 512, 512, 1_000_000
     x = torch.randn(rows, features, device="cuda", requires_grad=True)
     w = torch.randn(classes, features, device="cuda", requires_grad=True)
     y = torch.randint(0, classes, (rows,), device="cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss = F.linear_margin_cross_entropy(x, w, y, **ARCFACE)
+    loss = F.linear_margin_cross_entropy(x, w, y, compute_dtype=compute_dtype, **ARCFACE)
     grads = gradients(loss, x, w)
     peak = torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in grads)
     # The limit, 16 bytes a class, and what cuBLAS takes for itself once.
