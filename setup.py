@@ -2,7 +2,8 @@
 
 torch is found by path, not by import, so that pip's build isolation never downloads a second
 one. Environment: TORCHMARGIN_BUILD_DIR (a build folder that is kept and used again),
-TORCHMARGIN_CMAKE_ARGS (more arguments for CMake), MAX_JOBS.
+TORCHMARGIN_CMAKE_ARGS (more arguments for CMake), MAX_JOBS, TORCHMARGIN_LOCAL_VERSION (a wheel from a source
+distribution gets the local version too).
 """
 
 import os
@@ -21,19 +22,36 @@ ROOT = Path(__file__).resolve().parent
 TORCH = Path(sysconfig.get_paths()["platlib"]) / "torch"
 
 
+def torch_version() -> tuple[str, str, str] | None:
+    """The torch that is built for: major, minor, and "cu130" or "cpu"; None where an sdist is made without it."""
+    version_file = TORCH / "version.py"
+    if not version_file.exists():
+        return None
+    text = version_file.read_text()
+    major, minor = re.search(r"__version__ = '(\d+)\.(\d+)", text).groups()
+    cuda = re.search(r"^cuda(?:: [^=]*)? = '([\d.]+)'", text, re.MULTILINE)
+    return major, minor, "cu" + cuda.group(1).replace(".", "") if cuda else "cpu"
+
+
+MAKES_SDIST = "sdist" in sys.argv  # which is for every torch
+# pip takes only a wheel of the source distribution's own version.
+IN_SDIST = (ROOT / "PKG-INFO").exists() and "TORCHMARGIN_LOCAL_VERSION" not in os.environ
+
+
 def version() -> str:
+    """The header's, and of wheels what the binaries are for: 0.1.0+pt211cu130."""
     header = (ROOT / "csrc/include/torchmargin/version.h").read_text()
-    return re.search(r'TORCHMARGIN_VERSION "([^"]+)"', header).group(1)
+    public = re.search(r'TORCHMARGIN_VERSION "([^"]+)"', header).group(1)
+    torch = torch_version()
+    if torch is None or MAKES_SDIST or IN_SDIST:
+        return public
+    return f"{public}+pt{torch[0]}{torch[1]}{torch[2]}"
 
 
 def requirements() -> list[str]:
     """With the torch minor that the binaries are for: no other one can load them."""
-    version_file = TORCH / "version.py"
-    torch = "torch"  # an sdist can be made without it
-    if version_file.exists():
-        major, minor = re.search(r"__version__ = '(\d+)\.(\d+)", version_file.read_text()).groups()
-        torch = f"torch=={major}.{minor}.*"
-    return [torch, "typing_extensions>=4.10"]
+    torch = None if MAKES_SDIST else torch_version()
+    return [f"torch=={torch[0]}.{torch[1]}.*" if torch else "torch", "typing_extensions>=4.10"]
 
 
 class CMakeBuild(build_ext):
@@ -46,7 +64,7 @@ class CMakeBuild(build_ext):
             )
         build = Path(os.environ.get("TORCHMARGIN_BUILD_DIR", Path(self.build_temp) / "cmake")).resolve()
         prefix = Path(self.build_lib).resolve() / "torchmargin"
-        for stale in ("lib", "include"):  # of an earlier build in the same folder
+        for stale in ("lib", "include", "share"):  # of an earlier build in the same folder
             shutil.rmtree(prefix / stale, ignore_errors=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []

@@ -1,43 +1,45 @@
-# Imports LibTorch's CPU libraries as the target torchmargin_torch, without
-# find_package(Torch): that is fatal for a CUDA build of torch on a machine without the
-# CUDA toolkit. Set TORCHMARGIN_TORCH_DIR to the folder that holds torch's lib/ and
-# include/; without it the torch of Python3_EXECUTABLE (or of `python3`) is used.
-# Sets TORCHMARGIN_TORCH_VERSION.
+# LibTorch's libraries as a target, without find_package(Torch): that is fatal for a CUDA build of torch on a
+# machine without the CUDA toolkit. The build and the installed package both read this file.
 
-if(NOT TORCHMARGIN_TORCH_DIR)
-  find_package(Python3 COMPONENTS Interpreter QUIET)
-  if(Python3_Interpreter_FOUND)
-    execute_process(
-      COMMAND "${Python3_EXECUTABLE}" -c "import sysconfig; print(sysconfig.get_paths()['platlib'] + '/torch')"
-      OUTPUT_VARIABLE TORCHMARGIN_TORCH_DIR
-      OUTPUT_STRIP_TRAILING_WHITESPACE)
+# torchmargin_find_libtorch(RESULT): the folder with LibTorch's lib/ and include/, or RESULT-NOTFOUND. Looked for in
+# TORCHMARGIN_TORCH_DIR, Torch_DIR, what find_package(Torch) found, the folders given after RESULT, CMAKE_PREFIX_PATH.
+function(torchmargin_find_libtorch result)
+  set(candidates "${TORCHMARGIN_TORCH_DIR}" "${TORCH_INSTALL_PREFIX}")
+  if(Torch_DIR)
+    list(APPEND candidates "${Torch_DIR}/../../..")
   endif()
-endif()
-if(NOT EXISTS "${TORCHMARGIN_TORCH_DIR}/lib/libtorch_cpu.so")
-  message(FATAL_ERROR
-    "torchmargin: no LibTorch in '${TORCHMARGIN_TORCH_DIR}'. Install torch for this Python, or pass "
-    "-DTORCHMARGIN_TORCH_DIR=<folder with lib/libtorch_cpu.so and include/>.")
-endif()
+  string(REPLACE ":" ";" environment_prefixes "$ENV{CMAKE_PREFIX_PATH}")
+  foreach(prefix ${CMAKE_PREFIX_PATH} ${environment_prefixes})
+    list(APPEND candidates "${prefix}" "${prefix}/../..") # LibTorch itself, or torch.utils.cmake_prefix_path
+  endforeach()
+  set(${result} "${result}-NOTFOUND" PARENT_SCOPE)
+  foreach(folder ${candidates} ${ARGN})
+    if(EXISTS "${folder}/lib/libtorch_cpu.so" AND EXISTS "${folder}/share/cmake/Torch/TorchConfigVersion.cmake")
+      get_filename_component(folder "${folder}" ABSOLUTE)
+      set(${result} "${folder}" PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
+endfunction()
 
-file(READ "${TORCHMARGIN_TORCH_DIR}/share/cmake/Torch/TorchConfigVersion.cmake" torch_version_file)
-string(REGEX MATCH "PACKAGE_VERSION \"([0-9]+\\.[0-9]+\\.[0-9]+)" _ "${torch_version_file}")
-set(TORCHMARGIN_TORCH_VERSION "${CMAKE_MATCH_1}")
-if(NOT TORCHMARGIN_TORCH_VERSION)
-  message(FATAL_ERROR "torchmargin: cannot read torch's version in '${TORCHMARGIN_TORCH_DIR}/share/cmake/Torch'.")
-endif()
+# torchmargin_libtorch_version(RESULT FOLDER): "2.11.0".
+function(torchmargin_libtorch_version result folder)
+  file(READ "${folder}/share/cmake/Torch/TorchConfigVersion.cmake" text)
+  if(NOT text MATCHES "PACKAGE_VERSION \"([0-9]+\\.[0-9]+\\.[0-9]+)")
+    message(FATAL_ERROR "torchmargin: cannot read torch's version in '${folder}/share/cmake/Torch'.")
+  endif()
+  set(${result} "${CMAKE_MATCH_1}" PARENT_SCOPE)
+endfunction()
 
-add_library(torchmargin_torch INTERFACE)
-target_include_directories(torchmargin_torch SYSTEM INTERFACE
-  "${TORCHMARGIN_TORCH_DIR}/include"
-  "${TORCHMARGIN_TORCH_DIR}/include/torch/csrc/api/include")
-target_link_libraries(torchmargin_torch INTERFACE
-  "${TORCHMARGIN_TORCH_DIR}/lib/libtorch_cpu.so"
-  "${TORCHMARGIN_TORCH_DIR}/lib/libc10.so")
-target_link_directories(torchmargin_torch INTERFACE "${TORCHMARGIN_TORCH_DIR}/lib")
-# A CUDA build of torch needs libraries of NVIDIA's Python packages at link time.
-file(GLOB torch_nvidia_libraries "${TORCHMARGIN_TORCH_DIR}/../nvidia/*/lib")
-set(TORCHMARGIN_TORCH_RPATH_LINK "")
-foreach(folder ${torch_nvidia_libraries})
-  list(APPEND TORCHMARGIN_TORCH_RPATH_LINK "-Wl,-rpath-link,${folder}")
-endforeach()
-message(STATUS "torchmargin: torch ${TORCHMARGIN_TORCH_VERSION} in ${TORCHMARGIN_TORCH_DIR}")
+# torchmargin_import_libtorch(TARGET FOLDER): an interface target with libtorch_cpu, libc10 and the headers.
+function(torchmargin_import_libtorch target folder)
+  add_library(${target} INTERFACE IMPORTED)
+  target_include_directories(${target} SYSTEM INTERFACE
+    "${folder}/include" "${folder}/include/torch/csrc/api/include")
+  target_link_libraries(${target} INTERFACE "${folder}/lib/libtorch_cpu.so" "${folder}/lib/libc10.so")
+  # A CUDA build of torch from PyPI needs libraries of NVIDIA's Python packages at link time.
+  file(GLOB nvidia_libraries "${folder}/../nvidia/*/lib")
+  foreach(path ${nvidia_libraries} "${folder}/lib")
+    target_link_options(${target} INTERFACE "-Wl,-rpath-link,${path}")
+  endforeach()
+endfunction()

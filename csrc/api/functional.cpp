@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "ops/cosine_problem.h"
 #include "ops/find_op.h"
 #include "ops/problem.h"
 
@@ -11,13 +12,13 @@ namespace {
 
 using LseTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Calls `op` with the shared arguments that the options hold, and `more`.
-template <typename Op, typename... More>
+// `Target`: Tensor or optional Tensor. Calls `op` with the shared arguments that the options hold, and `more`.
+template <typename Op, typename Target, typename... More>
 auto call(
     const Op& op,
     const at::Tensor& input,
     const at::Tensor& weight,
-    const at::Tensor& target,
+    const Target& target,
     const LinearMarginFuncOptions& options,
     More... more) {
   const MarginParameters& margin = options.margin();
@@ -49,6 +50,54 @@ at::Tensor linear_margin_cross_entropy(
   return call(
       op, input, weight, target, options.linear(), options.label_smoothing(), options.ignore_index(),
       std::string_view(options.reduction()));
+}
+
+std::pair<at::Tensor, MarginStatistics> linear_margin_cross_entropy_with_statistics(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const at::Tensor& target,
+    const LinearMarginCrossEntropyFuncOptions& options) {
+  using Tuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+  static const auto op =
+      find_op<Tuple(TORCHMARGIN_LOSS_PARAMETERS)>("torchmargin::_linear_margin_cross_entropy_statistics");
+  auto [loss, target_angle, accuracy, hardest_negative_logit] = call(
+      op, input, weight, target, options.linear(), options.label_smoothing(), options.ignore_index(),
+      std::string_view(options.reduction()));
+  return {loss, {target_angle, accuracy, hardest_negative_logit}};
+}
+
+at::Tensor margin_logits(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& target,
+    const LinearMarginFuncOptions& options) {
+  using Signature = at::Tensor(
+      const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, TORCHMARGIN_LINEAR_OPTION_PARAMETERS);
+  static const auto op = find_op<Signature>("torchmargin::margin_logits");
+  return call(op, input, weight, target, options);
+}
+
+at::Tensor margin_cross_entropy(
+    const at::Tensor& cosine,
+    const at::Tensor& target,
+    const LinearMarginCrossEntropyFuncOptions& options) {
+  static const auto op = find_op<at::Tensor(TORCHMARGIN_COSINE_PARAMETERS, double, int64_t, std::string_view)>(
+      "torchmargin::margin_cross_entropy");
+  const LinearMarginFuncOptions& linear = options.linear();
+  const MarginParameters& margin = linear.margin();
+  return op.call(
+      cosine, target, margin.scale, margin.m1, margin.m2, margin.m3, linear.sample_m2(), linear.sample_m3(),
+      linear.sample_margin_weight(), extension_name(margin.extension), margin.margin_weight,
+      margin_gradient_name(margin.margin_gradient), options.label_smoothing(), options.ignore_index(),
+      options.reduction());
+}
+
+at::Tensor margin_transform(const at::Tensor& cosine, const MarginParameters& margin) {
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, TORCHMARGIN_MARGIN_PARAMETERS)>("torchmargin::margin_transform");
+  return op.call(
+      cosine, margin.m1, margin.m2, margin.m3, extension_name(margin.extension), margin.margin_weight,
+      margin_gradient_name(margin.margin_gradient));
 }
 
 } // namespace torchmargin::nn::functional

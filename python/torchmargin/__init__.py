@@ -4,7 +4,7 @@ The ops are ``torch.ops.torchmargin.*``, as functions in :mod:`torchmargin.funct
 modules here; :mod:`torchmargin.reference` is their readable specification.
 """
 
-from torchmargin import compat, config, functional, losses, reference
+from torchmargin import compat, config, functional, losses, reference, utils
 from torchmargin._extension import _C
 from torchmargin.config import get_workspace_limit, plan, set_workspace_limit, workspace_limit
 from torchmargin.losses import (
@@ -48,5 +48,6 @@ __all__ = [
     "plan",
     "reference",
     "set_workspace_limit",
+    "utils",
     "workspace_limit",
 ]

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "torchmargin/export.h"
 #include "torchmargin/margin.h"
@@ -77,5 +78,35 @@ TORCHMARGIN_API at::Tensor linear_margin_cross_entropy(
     const at::Tensor& weight,
     const at::Tensor& target,
     const LinearMarginCrossEntropyFuncOptions& options = {});
+
+// How training goes: means over the rows that are not ignored, 0-dim, never requiring grad.
+struct MarginStatistics {
+  at::Tensor target_angle; // radians
+  at::Tensor accuracy; // share of rows whose class has the largest logit, all without a margin
+  at::Tensor hardest_negative_logit; // the largest logit of another class
+};
+
+// The same loss, and the statistics from the same sweep over the classes.
+TORCHMARGIN_API std::pair<at::Tensor, MarginStatistics> linear_margin_cross_entropy_with_statistics(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const at::Tensor& target,
+    const LinearMarginCrossEntropyFuncOptions& options = {});
+
+// The logits [B, C] themselves; with a target, its column has its margin.
+TORCHMARGIN_API at::Tensor margin_logits(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& target = std::nullopt,
+    const LinearMarginFuncOptions& options = {});
+
+// The loss for given cosines [B, C]. Of options.linear() the margin and the sample_* count.
+TORCHMARGIN_API at::Tensor margin_cross_entropy(
+    const at::Tensor& cosine,
+    const at::Tensor& target,
+    const LinearMarginCrossEntropyFuncOptions& options = {});
+
+// psi of cosines of any shape, elementwise, in their dtype; scale does not count.
+TORCHMARGIN_API at::Tensor margin_transform(const at::Tensor& cosine, const MarginParameters& margin);
 
 } // namespace torchmargin::nn::functional

@@ -4,6 +4,10 @@
 #include "torchmargin/export.h"
 #include "torchmargin/functional.h"
 #include "torchmargin/margin.h"
+#include "torchmargin/margin_loss.h"
+#include "torchmargin/modules.h"
+#include "torchmargin/options.h"
+#include "torchmargin/state_dict.h"
 #include "torchmargin/version.h"
 
 namespace torchmargin {

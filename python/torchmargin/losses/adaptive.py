@@ -65,7 +65,7 @@ class AdaFaceLoss(MarginLoss):
         count = valid.sum()
         mean = torch.where(valid, lengths, 0.0).sum() / count.clamp(min=1)
         square = torch.where(valid, (lengths - mean).square(), 0.0).sum() / (count - 1).clamp(min=1)
-        weight = torch.where(count > 1, self.momentum, 0.0).to(self.length_mean)
+        weight = (count > 1).to(self.length_mean) * self.momentum
         self.length_mean.lerp_(mean.to(self.length_mean), weight)
         self.length_std.lerp_(square.sqrt().to(self.length_std), weight)
 

@@ -1,0 +1,229 @@
+"""The package as a C++ program meets it: find_package, one target, the modules, the same bits as Python."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchmargin
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(torchmargin.__file__).parent
+TORCH = Path(torch.__file__).parent
+THREADS = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("cmake"), reason="there is no cmake"),
+    pytest.mark.skipif(
+        "libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitized library wants sanitized programs"
+    ),
+]
+
+
+def _run(*command, **environment):
+    ran = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+def _configure(build, *arguments, prefix=torchmargin.utils.cmake_prefix_path, **environment):
+    # Reading the compiler's own facts takes seconds: what is under test here is the package's file.
+    known = ("-DCMAKE_CXX_COMPILER_WORKS=ON", "-DCMAKE_BUILD_TYPE=Release")
+    source = ROOT / "tests/consumer"
+    return _run("cmake", "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", *known, *arguments, **environment)
+
+
+@pytest.fixture(scope="session")
+def consumer(tmp_path_factory):
+    """The folder of the programs of tests/consumer, built against the installed package."""
+    build = tmp_path_factory.mktemp("consumer")
+    status, text = _configure(build)
+    assert status == 0, text
+    assert f"Found TorchMargin {torchmargin.__version__}: torch {torch.__version__.split('+')[0]}" in text
+    status, text = _run("cmake", "--build", build, "-j", "2")
+    assert status == 0, text
+    return build
+
+
+def test_ops_are_registered_although_no_symbol_is_used(consumer):
+    status, text = _run(consumer / "dispatcher_only")
+    assert status == 0 and text.startswith("-0.479426"), text
+
+
+LOSSES = [
+    "SoftmaxLoss",
+    "ModifiedSoftmaxLoss",
+    "NormalizedSoftmaxLoss",
+    "SphereFaceLoss",
+    "LargeMarginSoftmaxLoss",
+    "CosFaceLoss",
+    "ArcFaceLoss",
+    "CombinedMarginLoss",
+    "AdaFaceLoss",
+    "MagFaceLoss",
+    "ElasticFaceLoss",
+]
+
+# Python's half of tests/consumer/main.cpp, in a process of its own with the same threads.
+TRAIN = """
+import sys, torch, torchmargin
+name, inputs, state, results = sys.argv[1:]
+inputs = torch.load(inputs)
+x = inputs["embeddings"].clone().requires_grad_()
+options = {"deviation": 0.0} if name == "ElasticFaceLoss" else {}
+loss = getattr(torchmargin, name)(8, 30, **options).to(x.dtype)
+loss.load_state_dict(torch.load(state))
+optimiser = torch.optim.SGD(loss.parameters(), lr=0.1)
+found = {}
+for step in range(2):
+    value, statistics = loss(x, inputs["labels"], return_statistics=True)
+    optimiser.zero_grad()
+    value.backward()
+    optimiser.step()
+    found |= {f"loss{step}": value.detach(), f"accuracy{step}": statistics.accuracy}
+found |= {"grad_embeddings": x.grad, "logits": loss.logits(x).detach()}
+torch.save({"results": found, "state": loss.state_dict()}, results)
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_modules_give_pythons_bits_and_exchange_weights(consumer, tmp_path, name, dtype):
+    """Python's weights go to C++, both train two steps, C++'s weights come back: every bit is the same."""
+    loss = getattr(torchmargin, name)(8, 30).to(dtype)
+    inputs = {"embeddings": 3 * torch.randn(40, 8, dtype=dtype), "labels": torch.randint(0, 30, (40,))}
+    inputs["labels"][3] = -100
+    torch.save(inputs, tmp_path / "inputs.pt")
+    torch.save(dict(loss.state_dict()), tmp_path / "state.pt")
+    paths = [tmp_path / "inputs.pt", tmp_path / "state.pt"]
+    status, text = _run(consumer / "consumer", name, *paths, tmp_path / "cpp.pt", **THREADS)
+    assert status == 0, text
+    assert f"{name}Impl(in_features=8, num_classes=30" in text
+    # A wrong shape is a c10::Error with the op's text.
+    assert "linear_margin_cross_entropy: expected weight to have shape [C, 7], but got [30, 8]" in text
+    status, text = _run(sys.executable, "-c", TRAIN, name, *paths, tmp_path / "python.pt", **THREADS)
+    assert status == 0, text
+    python = torch.load(tmp_path / "python.pt")
+    got = torch.load(tmp_path / "cpp.pt", weights_only=False)  # torch::pickle_save wrote it
+    assert set(got) == set(python["results"])
+    for key, value in python["results"].items():
+        assert got[key].dtype == value.dtype
+        assert torch.equal(got[key], value), key
+    state = torch.load(tmp_path / "cpp.pt.state")
+    loss.load_state_dict(state)  # strict: the same names and shapes
+    for key, value in python["state"].items():
+        assert torch.equal(state[key], value), key
+
+
+def test_an_ordered_state_dict_is_refused_with_the_remedy(consumer, tmp_path):
+    loss = torchmargin.ArcFaceLoss(8, 30)
+    torch.save({"embeddings": torch.randn(4, 8), "labels": torch.zeros(4, dtype=torch.int64)}, tmp_path / "inputs.pt")
+    torch.save(loss.state_dict(), tmp_path / "state.pt")
+    paths = [tmp_path / name for name in ("inputs.pt", "state.pt", "cpp.pt")]
+    status, text = _run(consumer / "consumer", "ArcFaceLoss", *paths)
+    assert status != 0 and "in Python write it with torch.save(dict(module.state_dict()), path)" in text
+
+
+# What find_package says of a package or a LibTorch that does not fit. The package's file is copied and changed.
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the installed package's CMake files in a tree of its own: change(old, new) edits it."""
+    copy = tmp_path / "prefix"
+    shutil.copytree(PACKAGE / "share", copy / "share")
+    (copy / "lib").symlink_to(PACKAGE / "lib")
+    (copy / "include").symlink_to(PACKAGE / "include")
+    config = copy / "share/cmake/TorchMargin/TorchMarginConfig.cmake"
+
+    def change(name, value):
+        lines = config.read_text().splitlines()
+        changed = [f'set({name} "{value}")' if line.startswith(f"set({name} ") else line for line in lines]
+        assert changed != lines
+        config.write_text("\n".join(changed) + "\n")
+
+    change.prefix = copy
+    return change
+
+
+def _refusal(tmp_path, package, *arguments, torch_dir=TORCH):
+    prefix = f"{package.prefix};{torch_dir}"
+    status, text = _configure(tmp_path / "build", *arguments, prefix=prefix)
+    return status != 0, " ".join(text.split())
+
+
+def test_a_relocated_package_is_found(tmp_path, package):
+    refused, text = _refusal(tmp_path, package)
+    assert not refused, text
+
+
+def test_another_torch_version_is_named(tmp_path, package):
+    package("TorchMargin_TORCH_VERSION", "1.13.0")
+    refused, text = _refusal(tmp_path, package)
+    assert refused and "this TorchMargin was built for torch 1.13.0, but LibTorch in" in text
+    assert f"build TorchMargin for torch {'.'.join(torch.__version__.split('.')[:2])}, or use torch 1.13." in text
+
+
+def test_no_libtorch_is_named(tmp_path, package):
+    refused, text = _refusal(tmp_path, package, torch_dir=tmp_path)
+    assert refused and "and there is none: add its folder to CMAKE_PREFIX_PATH or set Torch_DIR" in text
+
+
+def test_torch_dir_is_understood(tmp_path, package):
+    refused, text = _refusal(tmp_path, package, f"-DTorch_DIR={TORCH}/share/cmake/Torch", torch_dir=tmp_path)
+    assert not refused, text
+
+
+def test_a_cpu_only_libtorch_is_named(tmp_path, package):
+    libtorch = tmp_path / "libtorch"
+    (libtorch / "lib").mkdir(parents=True)
+    (libtorch / "lib/libtorch_cpu.so").symlink_to(TORCH / "lib/libtorch_cpu.so")
+    (libtorch / "share").symlink_to(TORCH / "share")
+    package("TorchMargin_CUDA_ARCHITECTURES", "9.0")
+    refused, text = _refusal(tmp_path, package, torch_dir=libtorch)
+    assert refused and "this TorchMargin has CUDA kernels, but LibTorch in" in text
+
+
+def test_the_component_cuda(tmp_path, package):
+    package("TorchMargin_CUDA_ARCHITECTURES", "")
+    refused, text = _refusal(tmp_path, package, "-DCONSUMER_COMPONENTS=CUDA")
+    assert refused and "this TorchMargin is a CPU-only build, but the component CUDA is required" in text
+    refused, text = _refusal(tmp_path, package, "-DCONSUMER_COMPONENTS=TPU")
+    assert refused and "there is no component 'TPU', the only one is CUDA" in text
+    if (TORCH / "lib/libc10_cuda.so").exists():
+        package("TorchMargin_CUDA_ARCHITECTURES", "9.0")
+        refused, text = _refusal(tmp_path, package, "-DCONSUMER_COMPONENTS=CUDA")
+        assert not refused, text
+
+
+@pytest.mark.parametrize("flag", ["-D_GLIBCXX_USE_CXX11_ABI=0", "-D_GLIBCXX_DEBUG"])
+def test_another_layout_of_cpp_objects_is_named(tmp_path, package, flag):
+    refused, text = _refusal(tmp_path, package, f"-DCMAKE_CXX_FLAGS={flag}")
+    assert refused and "with which C++ objects have another layout" in text
+
+
+def test_a_debug_program_links_the_library(tmp_path, package):
+    refused, text = _refusal(tmp_path, package, "-DCMAKE_BUILD_TYPE=Debug")
+    assert not refused, text
+
+
+def test_a_sanitized_library_is_named(tmp_path, package):
+    package("TorchMargin_SANITIZERS", "address")
+    refused, text = _refusal(tmp_path, package)
+    assert refused and "this TorchMargin was built with -fsanitize=address" in text
+
+
+def test_versions_are_compared(tmp_path, package):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(p CXX)\nfind_package(TorchMargin 99.1 CONFIG REQUIRED)\n"
+    )
+    arguments = (f"-DCMAKE_PREFIX_PATH={package.prefix};{TORCH}", "-DCMAKE_CXX_COMPILER_WORKS=ON")
+    status, text = _run("cmake", "-S", project, "-B", tmp_path / "build", *arguments)
+    assert status != 0 and "99.1" in text
