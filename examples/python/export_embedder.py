@@ -2,8 +2,8 @@
 
     python examples/python/export_embedder.py --output embedder.pt2 --images unseen
 
-Writes the network as an AOTInductor package, with any batch size, and images of digits that it has not seen (7, 8, 9) as
-PGM files to try it on. Needs a C++ compiler.
+Writes the network as an AOTInductor package, with any batch size, and images of digits that it has not seen (7, 8, 9)
+as PGM files to try it on. Needs a C++ compiler.
 """
 
 import argparse

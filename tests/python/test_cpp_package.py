@@ -18,9 +18,7 @@ THREADS = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("cmake"), reason="there is no cmake"),
-    pytest.mark.skipif(
-        "libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitized library wants sanitized programs"
-    ),
+    pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="programs would want sanitizers too"),
 ]
 
 
@@ -53,6 +51,41 @@ def consumer(tmp_path_factory):
 def test_ops_are_registered_although_no_symbol_is_used(consumer):
     status, text = _run(consumer / "dispatcher_only")
     assert status == 0 and text.startswith("-0.479426"), text
+
+
+def test_the_program_of_the_documentation_runs(tmp_path):
+    """docs/cpp.md's two files as they stand there, with its command."""
+    text = (ROOT / "docs/cpp.md").read_text()
+    for name, language in (("CMakeLists.txt", "cmake"), ("app.cpp", "cpp")):
+        (tmp_path / name).write_text(text.split(f"```{language}\n")[1].split("```")[0])
+    prefix = f"-DCMAKE_PREFIX_PATH={torchmargin.utils.cmake_prefix_path}"
+    for command in (["-S", tmp_path, "-B", tmp_path / "build", prefix], ["--build", tmp_path / "build"]):
+        status, output = _run("cmake", *command)
+        assert status == 0, output
+    ran = subprocess.run([tmp_path / "build/app"], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    losses = [float(line.split(",")[0]) for line in ran.stdout.splitlines()]
+    assert len(losses) == 5 and losses[-1] < losses[0] and (tmp_path / "loss.pt").exists()
+
+
+def test_the_examples_verification_is_pythons(consumer, tmp_path):
+    from torchmargin.evaluation import pairs, verification
+
+    embeddings = torch.randn(60, 4).round(decimals=0)  # many equal cosines
+    embeddings[:, 0] += 1.5
+    labels = torch.randint(0, 6, (60,))
+    embeddings += 0.7 * labels[:, None] * torch.eye(4)[labels % 4]
+    torch.save({"embeddings": embeddings.double(), "labels": labels}, tmp_path / "inputs.pt")
+    status, text = _run(consumer / "verification", tmp_path / "inputs.pt")
+    assert status == 0, text
+    first, second, same = pairs.all_pairs(labels)
+    true = verification.verify(pairs.pair_scores(embeddings.double(), first, second), same, far=(0.05,))
+    auc, eer, tar, same_pairs, different = (float(word) for word in text.split())
+    assert (same_pairs, same_pairs + different) == (true.same_pairs, true.pairs)
+    # Equal cosines may round apart in another order of summation: a few pairs of 1,770.
+    assert auc == pytest.approx(true.auc, abs=2e-3)
+    assert eer == pytest.approx(true.eer, abs=1e-2)
+    assert tar == pytest.approx(true.tar[0.05], abs=3e-2)
 
 
 LOSSES = [

@@ -1,4 +1,5 @@
-// Marks what libtorchmargin.so exports; everything else in it is hidden.
+/// @file
+/// Marks what libtorchmargin.so exports; everything else in it is hidden.
 #pragma once
 
 #define TORCHMARGIN_API __attribute__((visibility("default")))

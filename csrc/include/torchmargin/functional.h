@@ -1,12 +1,13 @@
-// The fused linear margin ops for LibTorch programs, in the manner of torch::nn::functional.
-//
-//   namespace F = torchmargin::nn::functional;
-//   auto loss = F::linear_margin_cross_entropy(
-//       embeddings, weight, labels, F::LinearMarginCrossEntropyFuncOptions(presets::arcface()));
-//
-// Shapes: input [B, D], weight [C, D], target [B] int64, bias [C]. Results are float64 for
-// float64 inputs and float32 otherwise. Angles and m2 are in radians. Bad arguments throw
-// c10::Error. Gradients are those of the ops: input, weight, bias, sample_m2, sample_m3.
+/// @file
+/// The fused linear margin ops for LibTorch programs, in the manner of torch::nn::functional.
+///
+///   namespace F = torchmargin::nn::functional;
+///   auto loss = F::linear_margin_cross_entropy(
+///       embeddings, weight, labels, F::LinearMarginCrossEntropyFuncOptions(presets::arcface()));
+///
+/// Shapes: input [B, D], weight [C, D], target [B] int64, bias [C]. Results are float64 for
+/// float64 inputs and float32 otherwise. Angles and m2 are in radians. Bad arguments throw
+/// c10::Error. Gradients are those of the ops: input, weight, bias, sample_m2, sample_m3.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,7 +23,7 @@
 
 namespace torchmargin::nn::functional {
 
-// What the linear ops share. Start from a preset, or from no margin at all.
+/// What the linear ops share. Start from a preset, or from no margin at all.
 struct TORCHMARGIN_API LinearMarginFuncOptions {
   LinearMarginFuncOptions() = default;
   /* implicit */ LinearMarginFuncOptions(const LossForm& form)
@@ -31,14 +32,14 @@ struct TORCHMARGIN_API LinearMarginFuncOptions {
   TORCH_ARG(MarginParameters, margin);
   TORCH_ARG(bool, normalize_input) = true;
   TORCH_ARG(bool, normalize_weight) = true;
-  // Added to the logits, [C].
+  /// Added to the logits, [C].
   TORCH_ARG(std::optional<at::Tensor>, bias) = std::nullopt;
-  // Added to m2 and m3 of each row, [B]; may require grad.
+  /// Added to m2 and m3 of each row, [B]; may require grad.
   TORCH_ARG(std::optional<at::Tensor>, sample_m2) = std::nullopt;
   TORCH_ARG(std::optional<at::Tensor>, sample_m3) = std::nullopt;
-  // Multiplies margin_weight, 0-dim or [B]; has no gradient.
+  /// Multiplies margin_weight, 0-dim or [B]; has no gradient.
   TORCH_ARG(std::optional<at::Tensor>, sample_margin_weight) = std::nullopt;
-  // The lowest precision allowed for the products of float32 inputs.
+  /// The lowest precision allowed for the products of float32 inputs.
   TORCH_ARG(std::optional<at::ScalarType>, compute_dtype) = std::nullopt;
 };
 
@@ -48,22 +49,22 @@ struct TORCHMARGIN_API LinearMarginCrossEntropyFuncOptions {
   /* implicit */ LinearMarginCrossEntropyFuncOptions(const LossForm& form) : linear_(form) {}
 
   TORCH_ARG(LinearMarginFuncOptions, linear);
-  // In [0, 1].
+  /// In [0, 1].
   TORCH_ARG(double, label_smoothing) = 0.0;
-  // Rows with this target count for nothing.
+  /// Rows with this target count for nothing.
   TORCH_ARG(int64_t, ignore_index) = -100;
-  // "none", "mean" or "sum".
+  /// "none", "mean" or "sum".
   TORCH_ARG(std::string, reduction) = "mean";
 };
 
-// The core op's results, [B] each. A target outside [0, C) is absent from this weight:
-// target_logit and target_angle are then 0, the other two count all C classes.
+/// The core op's results, [B] each. A target outside [0, C) is absent from this weight:
+/// target_logit and target_angle are then 0, the other two count all C classes.
 struct LinearMarginLse {
-  at::Tensor other_lse; // log sum exp over j != y of z_ij
-  at::Tensor target_logit; // with its margin
-  at::Tensor logit_sum; // target_logit + sum over j != y of z_ij
-  at::Tensor target_angle; // radians; never requires grad
-  at::Tensor max_other_logit; // never requires grad
+  at::Tensor other_lse; ///< log sum exp over j != y of z_ij
+  at::Tensor target_logit; ///< with its margin
+  at::Tensor logit_sum; ///< target_logit + sum over j != y of z_ij
+  at::Tensor target_angle; ///< radians; never requires grad
+  at::Tensor max_other_logit; ///< never requires grad
 };
 
 TORCHMARGIN_API LinearMarginLse linear_margin_lse(
@@ -72,41 +73,41 @@ TORCHMARGIN_API LinearMarginLse linear_margin_lse(
     const at::Tensor& target,
     const LinearMarginFuncOptions& options = {});
 
-// Cross-entropy of the logits with the target's margin; a scalar, or [B] with reduction "none".
+/// Cross-entropy of the logits with the target's margin; a scalar, or [B] with reduction "none".
 TORCHMARGIN_API at::Tensor linear_margin_cross_entropy(
     const at::Tensor& input,
     const at::Tensor& weight,
     const at::Tensor& target,
     const LinearMarginCrossEntropyFuncOptions& options = {});
 
-// How training goes: means over the rows that are not ignored, 0-dim, never requiring grad.
+/// How training goes: means over the rows that are not ignored, 0-dim, never requiring grad.
 struct MarginStatistics {
-  at::Tensor target_angle; // radians
-  at::Tensor accuracy; // share of rows whose class has the largest logit, all without a margin
-  at::Tensor hardest_negative_logit; // the largest logit of another class
+  at::Tensor target_angle; ///< radians
+  at::Tensor accuracy; ///< share of rows whose class has the largest logit, all without a margin
+  at::Tensor hardest_negative_logit; ///< the largest logit of another class
 };
 
-// The same loss, and the statistics from the same sweep over the classes.
+/// The same loss, and the statistics from the same sweep over the classes.
 TORCHMARGIN_API std::pair<at::Tensor, MarginStatistics> linear_margin_cross_entropy_with_statistics(
     const at::Tensor& input,
     const at::Tensor& weight,
     const at::Tensor& target,
     const LinearMarginCrossEntropyFuncOptions& options = {});
 
-// The logits [B, C] themselves; with a target, its column has its margin.
+/// The logits [B, C] themselves; with a target, its column has its margin.
 TORCHMARGIN_API at::Tensor margin_logits(
     const at::Tensor& input,
     const at::Tensor& weight,
     const std::optional<at::Tensor>& target = std::nullopt,
     const LinearMarginFuncOptions& options = {});
 
-// The loss for given cosines [B, C]. Of options.linear() the margin and the sample_* count.
+/// The loss for given cosines [B, C]. Of options.linear() the margin and the sample_* count.
 TORCHMARGIN_API at::Tensor margin_cross_entropy(
     const at::Tensor& cosine,
     const at::Tensor& target,
     const LinearMarginCrossEntropyFuncOptions& options = {});
 
-// psi of cosines of any shape, elementwise, in their dtype; scale does not count.
+/// psi of cosines of any shape, elementwise, in their dtype; scale does not count.
 TORCHMARGIN_API at::Tensor margin_transform(const at::Tensor& cosine, const MarginParameters& margin);
 
 } // namespace torchmargin::nn::functional

@@ -1,5 +1,6 @@
-// The base of the loss modules: class weights [C, D] and the call of the fused op; never the logits [B, C]. The
-// published losses are in modules.h.
+/// @file
+/// The base of the loss modules: class weights [C, D] and the call of the fused op; never the logits [B, C]. The
+/// published losses are in modules.h.
 #pragma once
 
 #include <torch/nn/cloneable.h>
@@ -17,7 +18,7 @@ namespace torchmargin::nn {
 
 using functional::MarginStatistics;
 
-// Margins that differ from row to row, [B] each; margin_weight may be 0-dim. See LinearMarginFuncOptions.
+/// Margins that differ from row to row, [B] each; margin_weight may be 0-dim. See LinearMarginFuncOptions.
 struct SampleMargins {
   std::optional<torch::Tensor> m2;
   std::optional<torch::Tensor> m3;
@@ -26,20 +27,20 @@ struct SampleMargins {
 
 namespace detail {
 
-// c10::Error if a loss with these options could not be called: the op's own checks, on an empty batch.
+/// c10::Error if a loss with these options could not be called: the op's own checks, on an empty batch.
 TORCHMARGIN_API void check_options(const MarginLossOptions& options);
 TORCHMARGIN_API functional::LinearMarginCrossEntropyFuncOptions
 call_options(const MarginLossOptions& options, const torch::Tensor& bias, const SampleMargins& margins);
-// Xavier-uniform weights, as ArcFace's and SphereFace's code has them; the bias 0.
+/// Xavier-uniform weights, as ArcFace's and SphereFace's code has them; the bias 0.
 TORCHMARGIN_API void initialize(const torch::Tensor& weight, const torch::Tensor& bias);
 TORCHMARGIN_API void print(std::ostream& stream, const std::string& name, const MarginLossOptions& options);
 
 } // namespace detail
 
-// loss->forward(embeddings [B, D], labels [B] int64) is the loss, a scalar (or [B] with reduction "none") in float64
-// for float64 weights and float32 otherwise. Bad options and inputs throw c10::Error, a label outside [0, C) that is
-// not ignore_index c10::IndexError. A loss of your own: derive from MarginLossImpl<YourLossImpl>, call reset() in the
-// constructor, give the margin as options or override sample_margins; TORCH_MODULE(YourLoss).
+/// loss->forward(embeddings [B, D], labels [B] int64) is the loss, a scalar (or [B] with reduction "none") in float64
+/// for float64 weights and float32 otherwise. Bad options and inputs throw c10::Error, a label outside [0, C) that is
+/// not ignore_index c10::IndexError. A loss of your own: derive from MarginLossImpl<YourLossImpl>, call reset() in the
+/// constructor, give the margin as options or override sample_margins; TORCH_MODULE(YourLoss).
 template <typename Derived>
 class TORCHMARGIN_API MarginLossImpl : public torch::nn::Cloneable<Derived> {
  public:
@@ -63,7 +64,7 @@ class TORCHMARGIN_API MarginLossImpl : public torch::nn::Cloneable<Derived> {
     return finish(functional::linear_margin_cross_entropy(embeddings, weight, labels, options), embeddings, labels);
   }
 
-  // The same, and how training goes, from the same sweep over the classes.
+  /// The same, and how training goes, from the same sweep over the classes.
   std::pair<torch::Tensor, MarginStatistics> forward_with_statistics(
       const torch::Tensor& embeddings,
       const torch::Tensor& labels) {
@@ -73,7 +74,7 @@ class TORCHMARGIN_API MarginLossImpl : public torch::nn::Cloneable<Derived> {
     return {finish(loss, embeddings, labels), statistics};
   }
 
-  // The logits [B, C] without a margin, for inference: their argmax is the predicted class.
+  /// The logits [B, C] without a margin, for inference: their argmax is the predicted class.
   torch::Tensor logits(const torch::Tensor& embeddings) const {
     const LossForm& form = margin_loss_options_.form();
     MarginParameters plain;
@@ -87,26 +88,26 @@ class TORCHMARGIN_API MarginLossImpl : public torch::nn::Cloneable<Derived> {
     detail::print(stream, this->name(), margin_loss_options_);
   }
 
-  // The options in the form that all losses share.
+  /// The options in the form that all losses share.
   const MarginLossOptions& margin_loss_options() const {
     return margin_loss_options_;
   }
 
-  torch::Tensor weight; // [C, D]
-  torch::Tensor bias; // [C], or undefined
+  torch::Tensor weight; ///< [C, D]
+  torch::Tensor bias; ///< [C], or undefined
 
  protected:
-  // The dtype of losses and of margins of rows.
+  /// The dtype of losses and of margins of rows.
   torch::Dtype acc_dtype() const {
     return weight.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
   }
 
-  // Before each forward; of the training state, what a step moves.
+  /// Before each forward; of the training state, what a step moves.
   virtual void begin_forward() {}
   virtual SampleMargins sample_margins(const torch::Tensor& /*embeddings*/, const torch::Tensor& /*labels*/) {
     return {};
   }
-  // What is added to the loss.
+  /// What is added to the loss.
   virtual torch::Tensor
   finish(const torch::Tensor& loss, const torch::Tensor& /*embeddings*/, const torch::Tensor& /*labels*/) {
     return loss;

@@ -1,9 +1,10 @@
-// Weights to and from Python, for any module, as files that hold a plain dict of tensors.
-//
-//   torchmargin::load_state_dict(*loss, "loss.pt"); // Python: torch.save(dict(loss.state_dict()), "loss.pt")
-//   torchmargin::save_state_dict(*loss, "loss.pt"); // Python: loss.load_state_dict(torch.load("loss.pt"))
-//
-// Between C++ programs torch::save and torch::load serve as well.
+/// @file
+/// Weights to and from Python, for any module, as files that hold a plain dict of tensors.
+///
+///   torchmargin::load_state_dict(*loss, "loss.pt"); // Python: torch.save(dict(loss.state_dict()), "loss.pt")
+///   torchmargin::save_state_dict(*loss, "loss.pt"); // Python: loss.load_state_dict(torch.load("loss.pt"))
+///
+/// Between C++ programs torch::save and torch::load serve as well.
 #pragma once
 
 #include <torch/nn/module.h>
@@ -14,8 +15,8 @@
 
 namespace torchmargin {
 
-// Copies every tensor of the file into the parameter or buffer of that name. c10::Error if a name is missing in either,
-// if shapes differ, or if the file cannot be read; nothing is changed then.
+/// Copies every tensor of the file into the parameter or buffer of that name. c10::Error if a name is missing in
+/// either, if shapes differ, or if the file cannot be read; nothing is changed then.
 TORCHMARGIN_API void load_state_dict(torch::nn::Module& module, const std::string& path);
 TORCHMARGIN_API void save_state_dict(const torch::nn::Module& module, const std::string& path);
 

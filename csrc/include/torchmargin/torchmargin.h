@@ -1,4 +1,5 @@
-// Everything a LibTorch program needs of torchmargin.
+/// @file
+/// Everything a LibTorch program needs of torchmargin.
 #pragma once
 
 #include "torchmargin/export.h"
@@ -12,7 +13,7 @@
 
 namespace torchmargin {
 
-// The version of the library that runs, and of the torch that it was built for.
+/// The version of the library that runs, and of the torch that it was built for.
 TORCHMARGIN_API const char* version();
 TORCHMARGIN_API const char* built_for_torch();
 

@@ -1,5 +1,6 @@
-// The version of torchmargin. This file is its only source: CMake, setup.py
-// and the Python package read it from here.
+/// @file
+/// The version of torchmargin. This file is its only source: CMake, setup.py
+/// and the Python package read it from here.
 #pragma once
 
 #define TORCHMARGIN_VERSION_MAJOR 0
