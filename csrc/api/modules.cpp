@@ -137,25 +137,16 @@ TORCHMARGIN_DEFINE_LOSS(MagFaceLoss)
 TORCHMARGIN_DEFINE_LOSS(ElasticFaceLoss)
 #undef TORCHMARGIN_DEFINE_LOSS
 
-SphereFaceLossImpl::SphereFaceLossImpl(const SphereFaceLossOptions& options_)
-    : AnnealedMarginLossImpl<SphereFaceLossImpl>(
-          margin_options(options_),
-          options_.lambda_base(),
-          options_.lambda_gamma(),
-          options_.lambda_min()),
-      options(options_) {
-  reset();
-}
-
-LargeMarginSoftmaxLossImpl::LargeMarginSoftmaxLossImpl(const LargeMarginSoftmaxLossOptions& options_)
-    : AnnealedMarginLossImpl<LargeMarginSoftmaxLossImpl>(
-          margin_options(options_),
-          options_.lambda_base(),
-          options_.lambda_gamma(),
-          options_.lambda_min()),
-      options(options_) {
-  reset();
-}
+#define TORCHMARGIN_DEFINE_ANNEALED_LOSS(Name)                                                                 \
+  Name##Impl::Name##Impl(const Name##Options& options_)                                                        \
+      : AnnealedMarginLossImpl<Name##Impl>(                                                                    \
+            margin_options(options_), options_.lambda_base(), options_.lambda_gamma(), options_.lambda_min()), \
+        options(options_) {                                                                                    \
+    reset();                                                                                                   \
+  }
+TORCHMARGIN_DEFINE_ANNEALED_LOSS(SphereFaceLoss)
+TORCHMARGIN_DEFINE_ANNEALED_LOSS(LargeMarginSoftmaxLoss)
+#undef TORCHMARGIN_DEFINE_ANNEALED_LOSS
 
 template <typename Derived>
 AnnealedMarginLossImpl<Derived>::AnnealedMarginLossImpl(

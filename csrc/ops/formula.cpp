@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "math/angle.h"
+#include "ops/target_place.h"
 
 namespace torchmargin {
 namespace {
@@ -88,8 +89,7 @@ struct TargetFormula {
 };
 
 TargetFormula target_formula(const LinearProblem& p, bool mark_seam) {
-  const at::Tensor present = p.target.ge(0).logical_and(p.target.lt(p.weight.sym_size(0)));
-  const at::Tensor place = at::where(present, p.target, at::zeros({}, p.target.options()));
+  const auto [present, place] = target_place(p.target, p.weight.sym_size(0));
   const at::Tensor x = p.input.to(at::kDouble);
   const at::Tensor w = p.weight.index_select(0, place).to(at::kDouble);
   const at::Tensor unit_x = unit(x);
@@ -185,8 +185,7 @@ at::Tensor psi_of_cosine(const at::Tensor& cosine, const MarginParameters& margi
 
 CosineResult cosine_formula(const CosineProblem& p) {
   const at::Tensor logits = p.margin.scale * p.cosine.to(p.acc());
-  const at::Tensor present = p.target.ge(0).logical_and(p.target.lt(p.cosine.sym_size(1)));
-  const at::Tensor place = at::where(present, p.target, at::zeros({}, p.target.options()));
+  const auto [present, place] = target_place(p.target, p.cosine.sym_size(1));
   const RowMargins row = row_margins(p.margin, p.sample_m2, p.sample_m3, p.sample_margin_weight, p.cosine);
   const at::Tensor own_cosine = p.cosine.gather(1, place.unsqueeze(1)).squeeze(1);
   const at::Tensor value = p.margin.scale * psi_of_cosine(own_cosine, p.margin, row);

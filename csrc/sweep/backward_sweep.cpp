@@ -6,72 +6,16 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <limits>
 #include <tuple>
 #include <vector>
 
 #include "sweep/class_loop.h"
 #include "sweep/class_sweep.h"
 #include "sweep/products.h"
+#include "sweep/upstream.h"
 
 namespace torchmargin {
 namespace {
-
-// The upstream gradients of all rows in float64.
-struct UpstreamVectors {
-  at::Tensor other_lse; // g_o [B], 0 where there is no other class
-  at::Tensor target_logit; // T [B]
-  at::Tensor logit_sum; // g_Z [B], or [0]
-
-  Upstream pointers() const {
-    return {pointer<double>(other_lse), pointer<double>(target_logit), pointer<double>(logit_sum)};
-  }
-};
-
-// The power of two that brings the largest size to [least / 2, least), [1]: gradients scaled by 2^k then pass through
-// the same products bit for bit, and tiny ones do not make them denormal. 1 where there is no such power.
-at::Tensor power_of_two_scale(const ClassLoop& loop, const at::Tensor& sizes, double least) {
-  const at::Tensor one = loop.double_zeros({1}).fill_(1.0);
-  if (loop.sizes().rows == 0) {
-    return one;
-  }
-  const at::Tensor largest = sizes.abs().max().view({1});
-  // mantissa / largest is 2^-exponent, exactly.
-  const at::Tensor scale = std::get<0>(at::frexp(largest)) / largest * least;
-  return at::where(at::isfinite(scale).logical_and(largest > 0), scale, one);
-}
-
-UpstreamVectors widen_upstream(const ClassLoop& loop, const BackwardRequest& request) {
-  const auto widen = [&](const std::optional<at::Tensor>& grad) {
-    return grad.has_value() ? grad->to(at::kDouble).contiguous() : loop.double_zeros({loop.sizes().rows});
-  };
-  const at::Tensor none = loop.double_zeros({});
-  UpstreamVectors upstream;
-  upstream.other_lse =
-      at::where(request.other_lse == -std::numeric_limits<double>::infinity(), none, widen(request.grad_other_lse));
-  upstream.target_logit = widen(request.grad_target_logit);
-  upstream.logit_sum = loop.double_zeros({0});
-  if (request.grad_logit_sum.has_value()) {
-    upstream.logit_sum = widen(request.grad_logit_sum);
-    upstream.target_logit = upstream.target_logit + upstream.logit_sum;
-  }
-  const at::Tensor present = loop.target().ge(0).logical_and(loop.target().lt(loop.sizes().classes));
-  upstream.target_logit = at::where(present, upstream.target_logit, none);
-  return upstream;
-}
-
-// The upstream of margin_logits in the same form: a row's gradients of the other classes' logits take
-// the place of g_o Q, with g_o = 1; a row without any gradient has g_o = 0.
-UpstreamVectors logits_upstream(const ClassLoop& loop, const at::Tensor& grad_logits) {
-  const at::Tensor none = loop.double_zeros({});
-  const at::Tensor present = loop.target().ge(0).logical_and(loop.target().lt(loop.sizes().classes));
-  const at::Tensor place = at::where(present, loop.target(), at::zeros({}, loop.target().options())).unsqueeze(1);
-  UpstreamVectors upstream;
-  upstream.other_lse = grad_logits.ne(0).any(1).to(at::kDouble);
-  upstream.target_logit = at::where(present, grad_logits.gather(1, place).squeeze(1).to(at::kDouble), none);
-  upstream.logit_sum = loop.double_zeros({0});
-  return upstream;
-}
 
 // One lane's workspace.
 struct Lane {
@@ -169,7 +113,8 @@ class BackwardSweep {
       }
     }
     const at::Tensor weight_factor = upstream_.other_lse * problem_.margin.scale;
-    operand_scale_ = choose_operand_scale(weight_factor);
+    operand_scale_ = grad_logits_.has_value() ? loop_.double_zeros({1}).fill_(1.0)
+                                              : choose_operand_scale(loop_, upstream_, weight_factor, want_bias_);
     weight_products_scale_ = operand_scale_ * loop_.operands().softmax_scale;
     if (want_weight_) {
       weight_factor_ = weight_factor;
@@ -178,26 +123,6 @@ class BackwardSweep {
     if (want_bias_) {
       bias_factor_ = (upstream_.other_lse * operand_scale_).to(loop_.operands().dtype);
     }
-  }
-
-  // The factor of both operands of grad_weight and grad_bias. acc: of the upstream gradient alone.
-  at::Tensor choose_operand_scale(const at::Tensor& weight_factor) const {
-    if (grad_logits_.has_value()) {
-      return loop_.double_zeros({1}).fill_(1.0);
-    }
-    at::Tensor largest = upstream_.other_lse;
-    if (loop_.operands().unit) { // what must fit into float16 are the rows
-      largest = weight_factor.abs();
-      if (!problem_.normalize_input) {
-        const at::Tensor inverse = input_inverse_norms(loop_);
-        // NB: a row without an upstream gradient counts for nothing, whatever its length.
-        largest = at::where(largest.eq(0).logical_or(inverse.eq(0)), loop_.double_zeros({}), largest / inverse);
-      }
-      if (want_bias_) {
-        largest = at::maximum(largest, upstream_.other_lse.abs());
-      }
-    }
-    return power_of_two_scale(loop_, largest, loop_.operands().largest_row);
   }
 
   void sweep_chunk(Lane& lane, Range classes) {
@@ -296,13 +221,15 @@ class BackwardSweep {
     }
   }
 
-  // V of all rows, times the scale that is left in it: the sum of lanes and slices, in order.
-  at::Tensor sum_input_products() {
+  // V of all rows, times the scale that is left in it: the sum of slices (into fresh memory, for this becomes the
+  // gradient) or of lanes, in order.
+  at::Tensor sum_input_products() const {
+    if (loop_.plan().input_splits > 1) {
+      return lanes_[0].input_products.sum(0);
+    }
     const at::Tensor total = lanes_[0].input_products.select(0, 0);
-    for (const Lane& lane : lanes_) {
-      for (int64_t split = &lane == &lanes_[0] ? 1 : 0; split < lane.input_products.size(0); ++split) {
-        total.add_(lane.input_products.select(0, split));
-      }
+    for (size_t lane = 1; lane < lanes_.size(); ++lane) {
+      total.add_(lanes_[lane].input_products.select(0, 0));
     }
     return total;
   }

@@ -81,7 +81,8 @@ inline int64_t scratch_bytes(const SweepSizes& sizes, const ChunkPlan& plan) {
   const int64_t lane =
       plan.row_tile * sizes.padded(plan.class_chunk) * logit_bytes + plan.class_chunk * features * weight_bytes;
   const int64_t operand_rows = plan.whole_operands(sizes.rows) ? sizes.rows : plan.row_tile;
-  const int64_t input_sums = plan.lanes * plan.input_splits - 1 + (sizes.widen_gradients ? 1 : 0);
+  const int64_t own_memory = sizes.widen_gradients || plan.input_splits > 1 ? 1 : 0;
+  const int64_t input_sums = plan.lanes * plan.input_splits - 1 + own_memory;
   return plan.lanes * lane + 2 * operand_rows * features * sizes.operand_bytes +
       input_sums * sizes.rows * sizes.features * sizes.acc_bytes;
 }

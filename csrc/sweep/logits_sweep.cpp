@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "ops/target_place.h"
 #include "sweep/class_loop.h"
 #include "sweep/class_sweep.h"
 #include "sweep/products.h"
@@ -60,10 +61,10 @@ LogitsResult sweep_logits(const LinearProblem& problem, const SweepKernels& kern
     });
   });
 
-  const at::Tensor present = loop.target().ge(0).logical_and(loop.target().lt(sizes.classes));
-  const at::Tensor place = at::where(present, loop.target(), at::zeros({}, loop.target().options())).unsqueeze(1);
-  const at::Tensor own = at::where(present, target_logits(loop), result.logits.gather(1, place).squeeze(1));
-  result.logits.scatter_(1, place, own.unsqueeze(1));
+  const auto [present, place] = target_place(loop.target(), sizes.classes);
+  const at::Tensor column = place.unsqueeze(1);
+  const at::Tensor own = at::where(present, target_logits(loop), result.logits.gather(1, column).squeeze(1));
+  result.logits.scatter_(1, column, own.unsqueeze(1));
   return result;
 }
 

@@ -1,0 +1,78 @@
+#include "sweep/upstream.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+
+#include <limits>
+#include <tuple>
+
+#include "ops/target_place.h"
+
+namespace torchmargin {
+namespace {
+
+// The power of two that brings the largest size to [least / 2, least), [1]: gradients scaled by 2^k then pass through
+// the same products bit for bit, and tiny ones do not make them denormal. 1 where there is no such power.
+at::Tensor power_of_two_scale(const ClassLoop& loop, const at::Tensor& sizes, double least) {
+  const at::Tensor one = loop.double_zeros({1}).fill_(1.0);
+  if (loop.sizes().rows == 0) {
+    return one;
+  }
+  const at::Tensor largest = sizes.abs().max().view({1});
+  // mantissa / largest is 2^-exponent, exactly.
+  const at::Tensor scale = std::get<0>(at::frexp(largest)) / largest * least;
+  return at::where(at::isfinite(scale).logical_and(largest > 0), scale, one);
+}
+
+} // namespace
+
+UpstreamVectors widen_upstream(const ClassLoop& loop, const BackwardRequest& request) {
+  const auto widen = [&](const std::optional<at::Tensor>& grad) {
+    return grad.has_value() ? grad->to(at::kDouble).contiguous() : loop.double_zeros({loop.sizes().rows});
+  };
+  const at::Tensor none = loop.double_zeros({});
+  UpstreamVectors upstream;
+  upstream.other_lse =
+      at::where(request.other_lse == -std::numeric_limits<double>::infinity(), none, widen(request.grad_other_lse));
+  upstream.target_logit = widen(request.grad_target_logit);
+  upstream.logit_sum = loop.double_zeros({0});
+  if (request.grad_logit_sum.has_value()) {
+    upstream.logit_sum = widen(request.grad_logit_sum);
+    upstream.target_logit = upstream.target_logit + upstream.logit_sum;
+  }
+  const at::Tensor present = target_place(loop.target(), loop.sizes().classes).present;
+  upstream.target_logit = at::where(present, upstream.target_logit, none);
+  return upstream;
+}
+
+UpstreamVectors logits_upstream(const ClassLoop& loop, const at::Tensor& grad_logits) {
+  const auto [present, place] = target_place(loop.target(), loop.sizes().classes);
+  const at::Tensor own = grad_logits.gather(1, place.unsqueeze(1)).squeeze(1).to(at::kDouble);
+  UpstreamVectors upstream;
+  upstream.other_lse = grad_logits.ne(0).any(1).to(at::kDouble);
+  upstream.target_logit = at::where(present, own, loop.double_zeros({}));
+  upstream.logit_sum = loop.double_zeros({0});
+  return upstream;
+}
+
+at::Tensor choose_operand_scale(
+    const ClassLoop& loop,
+    const UpstreamVectors& upstream,
+    const at::Tensor& weight_factor,
+    bool with_bias) {
+  at::Tensor largest = upstream.other_lse;
+  if (loop.operands().unit) { // what must fit into float16 are the rows
+    largest = weight_factor.abs();
+    if (!loop.problem().normalize_input) {
+      const at::Tensor inverse = input_inverse_norms(loop);
+      // NB: a row without an upstream gradient counts for nothing, whatever its length.
+      largest = at::where(largest.eq(0).logical_or(inverse.eq(0)), loop.double_zeros({}), largest / inverse);
+    }
+    if (with_bias) {
+      largest = at::maximum(largest, upstream.other_lse.abs());
+    }
+  }
+  return power_of_two_scale(loop, largest, loop.operands().largest_row);
+}
+
+} // namespace torchmargin

@@ -1,0 +1,32 @@
+// The upstream gradients of a backward sweep, in float64.
+#pragma once
+
+#include "sweep/class_loop.h"
+
+namespace torchmargin {
+
+struct UpstreamVectors {
+  at::Tensor other_lse; // g_o [B], 0 where there is no other class
+  at::Tensor target_logit; // T [B]
+  at::Tensor logit_sum; // g_Z [B], or [0]
+
+  Upstream pointers() const {
+    return {pointer<double>(other_lse), pointer<double>(target_logit), pointer<double>(logit_sum)};
+  }
+};
+
+UpstreamVectors widen_upstream(const ClassLoop& loop, const BackwardRequest& request);
+
+// The upstream of margin_logits in the same form: a row's gradients of the other classes' logits take
+// the place of g_o Q, with g_o = 1; a row without any gradient has g_o = 0.
+UpstreamVectors logits_upstream(const ClassLoop& loop, const at::Tensor& grad_logits);
+
+// The power of two that the operands of grad_weight and grad_bias are multiplied by, [1]. `weight_factor`: scale g_o
+// [B]. In acc it brings the largest g_o to [1/2, 1); float16 unit vectors: the largest row to [2^9, 2^10).
+at::Tensor choose_operand_scale(
+    const ClassLoop& loop,
+    const UpstreamVectors& upstream,
+    const at::Tensor& weight_factor,
+    bool with_bias);
+
+} // namespace torchmargin
