@@ -2,8 +2,15 @@
 
 from pathlib import Path
 
+import torch
+
 __all__ = ["cmake_prefix_path"]
 
-cmake_prefix_path: str = str(Path(__file__).resolve().parent / "share" / "cmake")
+_PACKAGE = Path(__file__).resolve().parent
+_TORCH = Path(torch.__file__).resolve().parent
+
+cmake_prefix_path: str = str(_PACKAGE / "share" / "cmake")
 """For ``cmake -DCMAKE_PREFIX_PATH=...``: ``find_package(TorchMargin CONFIG REQUIRED)`` then finds this package, and
-LibTorch in the torch beside it."""
+LibTorch in the torch beside it. An editable install is not beside torch, so torch's own path follows after a semicolon."""
+if _TORCH.parent != _PACKAGE.parent:
+    cmake_prefix_path += ";" + torch.utils.cmake_prefix_path
