@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "sweep/operands.h"
+
 namespace torchmargin {
 namespace {
 
@@ -191,7 +193,7 @@ std::string_view margin_gradient_name(MarginGradient margin_gradient) {
 }
 
 at::ScalarType acc_dtype(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+  return product_dtype(dtype);
 }
 
 } // namespace torchmargin

@@ -112,12 +112,11 @@ class BackwardSweep {
         input_.emplace(loop_);
       }
     }
-    const at::Tensor weight_factor = upstream_.other_lse * problem_.margin.scale;
+    weight_factor_ = upstream_.other_lse * problem_.margin.scale;
     operand_scale_ = grad_logits_.has_value() ? loop_.double_zeros({1}).fill_(1.0)
-                                              : choose_operand_scale(loop_, upstream_, weight_factor, want_bias_);
+                                              : choose_operand_scale(loop_, upstream_, weight_factor_, want_bias_);
     weight_products_scale_ = operand_scale_ * loop_.operands().softmax_scale;
     if (want_weight_) {
-      weight_factor_ = weight_factor;
       weighted_input_.emplace(loop_, pointer<double>(weight_factor_), pointer<double>(operand_scale_));
     }
     if (want_bias_) {

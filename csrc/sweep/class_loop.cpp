@@ -54,10 +54,6 @@ at::Tensor columns_of(const at::Tensor& matrix, Range columns) {
   return matrix.narrow(1, columns.begin, columns.count);
 }
 
-at::Tensor matrix_in(const at::Tensor& workspace, int64_t rows, int64_t columns, int64_t row_stride) {
-  return workspace.as_strided({rows, columns}, {row_stride, 1});
-}
-
 SweepSizes sweep_sizes(
     int64_t rows,
     int64_t features,
@@ -157,7 +153,7 @@ at::Tensor ClassLoop::tile_buffer(at::ScalarType dtype) const {
 }
 
 at::Tensor ClassLoop::tile_in(const at::Tensor& buffer, Range rows, Range classes) const {
-  return matrix_in(buffer, rows.count, classes.count, sizes_.padded(classes.count));
+  return buffer.as_strided({rows.count, classes.count}, {sizes_.padded(classes.count), 1});
 }
 
 TargetContext ClassLoop::context() const {

@@ -28,8 +28,6 @@ enum class Operands {
 
 at::Tensor rows_of(const at::Tensor& tensor, Range rows);
 at::Tensor columns_of(const at::Tensor& matrix, Range columns);
-// The first elements of a flat workspace as a matrix whose rows are row_stride apart.
-at::Tensor matrix_in(const at::Tensor& workspace, int64_t rows, int64_t columns, int64_t row_stride);
 
 class ClassLoop {
  public:
