@@ -70,10 +70,11 @@ void check_sample(
       row_wise || (scalar_allowed && sample.dim() == 0), op, ": expected ", argument, " to have shape [",
       input.sym_size(0), "]", scalar_allowed ? " or to be 0-dimensional" : "", ", but got ", sample.sym_sizes());
   const at::ScalarType acc = acc_dtype(input.scalar_type());
+  const at::ScalarType dtype = sample.scalar_type();
   TORCH_CHECK(
-      sample.scalar_type() == acc || sample.scalar_type() == input.scalar_type(), op, ": expected ", argument,
-      " to be ", acc, acc == input.scalar_type() ? "" : " or to have the dtype of input", ", but got ",
-      sample.scalar_type());
+      dtype == at::kDouble || dtype == acc || dtype == input.scalar_type(), op, ": expected ", argument, " to be ",
+      acc == at::kDouble ? "Double" : "Float or Double",
+      acc == input.scalar_type() ? "" : " or to have the dtype of input", ", but got ", dtype);
 }
 
 } // namespace

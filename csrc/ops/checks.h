@@ -38,7 +38,7 @@ void check_shape(
 // target: [B] int64 for an input with B rows.
 void check_target(std::string_view op, const at::Tensor& target, const at::Tensor& input);
 
-// sample_m2, sample_m3: [B], acc or like input; sample_margin_weight: 0-dim or [B], no gradient.
+// sample_m2, sample_m3: [B], float64, acc or like input; sample_margin_weight: 0-dim or [B], no gradient.
 void check_samples(
     std::string_view op,
     const at::Tensor& input,

@@ -42,8 +42,8 @@ namespace torchmargin {
 struct CosineProblem {
   at::Tensor cosine; // [B, C], floating
   at::Tensor target; // [B], int64
-  std::optional<at::Tensor> sample_m2; // [B], acc or like cosine
-  std::optional<at::Tensor> sample_m3; // [B], acc or like cosine
+  std::optional<at::Tensor> sample_m2; // [B], float64, acc or like cosine
+  std::optional<at::Tensor> sample_m3; // [B], float64, acc or like cosine
   std::optional<at::Tensor> sample_margin_weight; // 0-dim or [B], floating, no gradient
   MarginParameters margin;
 

@@ -59,8 +59,8 @@ struct LinearProblem {
   at::Tensor weight; // [C, D], like input
   at::Tensor target; // [B], int64
   std::optional<at::Tensor> bias; // [C], like input
-  std::optional<at::Tensor> sample_m2; // [B], acc or like input
-  std::optional<at::Tensor> sample_m3; // [B], acc or like input
+  std::optional<at::Tensor> sample_m2; // [B], float64, acc or like input
+  std::optional<at::Tensor> sample_m3; // [B], float64, acc or like input
   std::optional<at::Tensor> sample_margin_weight; // 0-dim or [B], floating, no gradient
   MarginParameters margin;
   bool normalize_input = true;

@@ -59,6 +59,21 @@ def test_float64_is_untouched():
             F.linear_margin_cross_entropy(x.float(), w, y)
 
 
+def test_float64_margins_of_rows_stay_float64():
+    """The modules hold margins in float64 buffers: 0.35 must not become float32's 0.35."""
+    x, w, y, _ = problem(dtype=torch.float32)
+    margin = torch.tensor(0.35, dtype=torch.float64).expand(9)
+    cosine = torch.nn.functional.normalize(x.detach()) @ torch.nn.functional.normalize(w.detach()).T
+    for weight in (w.detach(), w.detach().bfloat16()):
+        with torch.autocast("cpu"):
+            got = F.linear_margin_cross_entropy(x, weight, y, scale=64.0, sample_m2=margin, sample_m3=margin)
+            expected = F.linear_margin_cross_entropy(x, weight, y, scale=64.0, m2=0.35, m3=0.35)
+        assert torch.equal(got, expected)
+    with torch.autocast("cpu"):
+        got = F.margin_cross_entropy(cosine.bfloat16(), y, sample_m2=margin, sample_m3=margin)
+        assert torch.equal(got, F.margin_cross_entropy(cosine.bfloat16(), y, m2=0.35, m3=0.35))
+
+
 def test_the_others_run_in_float32():
     cosine = (2 * torch.rand(9, 23) - 1).bfloat16().requires_grad_()
     y = torch.randint(0, 23, (9,))

@@ -94,6 +94,57 @@ def test_sample_margins_and_their_gradients(workspace):
             torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["lse", "loss", "cosine", "logits"])
+def test_float64_sample_margins_beside_any_dtype(op, dtype):
+    """Read as they are, in float64, and so are their gradients: a float32 copy would differ."""
+    x, w, y, _ = problem(dtype=torch.float64)
+    x, w = x.detach().to(dtype), w.detach().to(dtype)
+    m2, m3 = (0.2 * torch.rand(2, 9, dtype=torch.float64)).unbind()
+    weight = torch.rand(9, dtype=torch.float64)
+    cosine = (torch.nn.functional.normalize(x.double()) @ torch.nn.functional.normalize(w.double()).T).to(dtype)
+    upstream = torch.randn(9, dtype=torch.float64)
+
+    def run(module, to, *samples):
+        leaves = [sample.clone().requires_grad_() for sample in samples[:2]]
+        given = dict(zip(("sample_m2", "sample_m3", "sample_margin_weight"), (*leaves, samples[2])), scale=4.0, m2=0.1)
+        if op == "lse":
+            result = module.linear_margin_lse(x.to(to), w.to(to), y, **given).target_logit
+        elif op == "loss":
+            result = module.linear_margin_cross_entropy(x.to(to), w.to(to), y, reduction="none", **given)
+        elif op == "logits":
+            result = module.margin_logits(x.to(to), w.to(to), y, **given).gather(1, y[:, None]).squeeze(1)
+        else:
+            result = module.margin_cross_entropy(cosine.to(to), y, reduction="none", **given)
+        return result, gradients(result, *leaves, upstream=upstream.to(result.dtype))
+
+    got, grads = run(F, dtype, m2, m3, weight)
+    expected, true = run(reference, torch.float64, m2, m3, weight)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    assert got.dtype == acc and [g.dtype for g in grads] == [torch.float64] * 2
+    # Sums over the classes are acc's; the target pass is float64 and rounded once.
+    tolerance = 1e-12 if acc == torch.float64 else 2e-6
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(grads, true):
+        torch.testing.assert_close(ours, theirs, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+def test_one_float64_margin_expanded_to_every_row():
+    """A 0-dim buffer expanded to [B], stride 0, is the number in it, bit for bit: 0.35 is not rounded to float32."""
+    x, w, y, _ = problem(dtype=torch.float32)
+    for name, number in (("m2", 0.35), ("m3", 0.35), ("margin_weight", 0.7)):
+        one = torch.tensor(number, dtype=torch.float64, requires_grad=name != "margin_weight")
+        rest = {"m2": 0.2} if name == "margin_weight" else {}
+        for sample in [one.expand(9)] + [one] * (name == "margin_weight"):
+            got = F.linear_margin_cross_entropy(x, w, y, scale=32.0, **{f"sample_{name}": sample}, **rest)
+            expected = F.linear_margin_cross_entropy(x, w, y, scale=32.0, **{name: number}, **rest)
+            assert torch.equal(got, expected)
+            grads = gradients(got, x, w, *([one] if one.requires_grad else []))
+            for ours, theirs in zip(grads, gradients(expected, x, w)):
+                assert torch.equal(ours, theirs)
+            assert all(g.dtype == torch.float64 for g in grads[2:])
+
+
 def test_a_scalar_sample_margin_weight_stands_for_every_row():
     x, w, y, _ = problem()
     one = F.linear_margin_cross_entropy(x, w, y, scale=9.0, m2=0.5, sample_margin_weight=torch.tensor(0.25).double())

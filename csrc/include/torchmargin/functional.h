@@ -34,10 +34,10 @@ struct TORCHMARGIN_API LinearMarginFuncOptions {
   TORCH_ARG(bool, normalize_weight) = true;
   /// Added to the logits, [C].
   TORCH_ARG(std::optional<at::Tensor>, bias) = std::nullopt;
-  /// Added to m2 and m3 of each row, [B]; may require grad.
+  /// Added to m2 and m3 of each row, [B]; may require grad. float64 beside any dtype, or acc, or the inputs' dtype.
   TORCH_ARG(std::optional<at::Tensor>, sample_m2) = std::nullopt;
   TORCH_ARG(std::optional<at::Tensor>, sample_m3) = std::nullopt;
-  /// Multiplies margin_weight, 0-dim or [B]; has no gradient.
+  /// Multiplies margin_weight, 0-dim or [B], dtypes as above; has no gradient.
   TORCH_ARG(std::optional<at::Tensor>, sample_margin_weight) = std::nullopt;
   /// The lowest precision allowed for the products of float32 inputs.
   TORCH_ARG(std::optional<at::ScalarType>, compute_dtype) = std::nullopt;
