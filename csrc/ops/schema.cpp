@@ -37,4 +37,8 @@ TORCH_LIBRARY(torchmargin, library) {
               ", Tensor? grad_other_lse, Tensor? grad_target_logit, Tensor? grad_logit_sum, Tensor other_lse, "
               "bool[3] wanted) -> (Tensor grad_cosine, Tensor grad_sample_m2, Tensor grad_sample_m3)");
   library.def("_margin_transform_backward(Tensor grad, Tensor cosine, *, " TORCHMARGIN_MARGIN_SCHEMA ") -> Tensor");
+  // A stateful loss's state under activation checkpointing. See ops/recall_state.cpp.
+  library.def(
+      "_recall_state(Tensor(a!) log, Tensor key, Tensor state) -> (Tensor state_then, Tensor fresh)",
+      {at::Tag::cudagraph_unsafe, at::Tag::nondeterministic_seeded});
 }
