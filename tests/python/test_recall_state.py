@@ -29,7 +29,7 @@ def test_steps_are_logged_newest_first_and_the_oldest_falls_out():
         then, fresh = recall_state(log, _numbers(step, -step), state)
         assert fresh.dtype == torch.bool and fresh.dim() == 0 and fresh.item()
         assert torch.equal(then, state) and then.data_ptr() != state.data_ptr()
-    assert log.tolist() == [[2.0, -2.0, 0.0, 12.0], [1.0, -1.0, 0.0, 11.0]]
+    assert log.tolist() == [[2.0, -2.0, -1.0, 12.0], [1.0, -1.0, -1.0, 11.0]]
 
 
 class InBackward(torch.autograd.Function):
@@ -46,11 +46,11 @@ class InBackward(torch.autograd.Function):
         return grad, None
 
 
-def _recalled(log, *keys, state=_numbers(-1.0)):
+def _recalled(log, *keys):
     found = []
 
     def calls():
-        found.extend(recall_state(log, key, state) for key in keys)
+        found.extend(recall_state(log, key, _numbers(-1.0)) for key in keys)
 
     InBackward.apply(torch.zeros(1, requires_grad=True), calls).sum().backward()
     assert not any(fresh.item() for _, fresh in found)
@@ -63,16 +63,17 @@ def test_the_nearest_row_is_recalled():
         recall_state(log, _numbers(value, 5.0), _numbers(10 * value))
     before = log.clone()
     assert _recalled(log, _numbers(2.0, 5.0), _numbers(1.0 + 1e-9, 5.0), _numbers(1e6 + 1, 5.0)) == [20.0, 10.0, 1e7]
-    assert log[:, K].tolist() == [1.0, 1.0, 1.0, 0.0]
+    assert len(set(log[:3, K].tolist())) == 1 and log[0, K] >= 0 and log[3, K] == 0.0
     log[:, K] = before[:, K]
     assert torch.equal(log, before)
 
 
-def test_of_equal_keys_the_least_used_then_the_newest():
+def test_of_equal_keys_the_newest_that_this_backward_pass_has_not_had():
     log, key = _log(), _numbers(3.0, 4.0)
     for state in (1.0, 2.0, 3.0):
         recall_state(log, key, _numbers(state))
-    assert _recalled(log, key, key, key, key) == [3.0, 2.0, 1.0, 3.0]
+    for _ in range(2):  # a graph that is retained
+        assert _recalled(log, key, key, key, key) == [3.0, 2.0, 1.0, 3.0]
 
 
 def test_an_empty_log_gives_the_state_itself():
