@@ -49,7 +49,8 @@ def test_adaface():
         target = (theta - 0.4 * q).clamp(0, math.pi).cos() - (0.4 + 0.4 * q)
         # The buffers are float32, as the published code has them.
         torch.testing.assert_close(value, oracle.loss_of(64 * cosine, y, 64 * target).mean(), rtol=1e-6, atol=0)
-    assert set(loss.state_dict()) == {"weight", "length_mean", "length_std"}
+    numbers = {"scale", "margin", "h", "momentum"}
+    assert set(loss.state_dict()) == {"weight", "length_mean", "length_std"} | numbers
     loss.train()
     loss(*_batch(rows=1))  # one row has no deviation
     assert loss.length_mean.item() == pytest.approx(mean, rel=1e-5)
@@ -99,6 +100,53 @@ def test_elasticface(kind):
     assert torch.equal(loss(x, y), loss(x, y))
 
 
+LOSSES = {name: getattr(torchmargin.losses, name) for name in torchmargin.losses.__all__ if name.endswith("Loss")}
+del LOSSES["MarginLoss"], LOSSES["AnnealedMarginLoss"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_row_that_is_not_finite_stays_alone(name, value):
+    """One overflowed embedding under AMP: its own loss is NaN, its batch's are not, and the next batch is clean."""
+    loss = LOSSES[name](8, 17, reduction="none")
+    clean = torch.randn(8, 8) * 20
+    y = torch.arange(8)
+    x = clean.clone()
+    x[3, 5] = value
+    values = loss(x, y)
+    assert values.isfinite().tolist() == [row != 3 for row in range(8)]
+    assert all(buffer.isfinite().all() for buffer in loss.buffers())
+    assert loss(clean, y).isfinite().all()
+
+
+def test_statistics_are_those_of_the_finite_rows():
+    one, other = (torchmargin.AdaFaceLoss(8, 17, momentum=0.5, dtype=torch.float64) for _ in range(2))
+    x, y = _batch(rows=8)
+    spoiled = x.detach().clone()
+    spoiled[2, 0], spoiled[6, 1] = math.nan, math.inf
+    one(spoiled, y)
+    rows = [0, 1, 3, 4, 5, 7]
+    other(x[rows], y[rows])
+    assert torch.equal(one.length_mean, other.length_mean) and torch.equal(one.length_std, other.length_std)
+    huge = torch.full((8, 8), 1e38)  # finite, and of infinite length in float32
+    before = torchmargin.AdaFaceLoss(8, 17)
+    before(huge, y)
+    assert before.length_mean == 20.0 and before.length_std == 100.0
+
+
+@pytest.mark.parametrize("name", ["AdaFaceLoss", "MagFaceLoss"])
+def test_embeddings_of_length_one_are_warned_of_once(name):
+    loss = LOSSES[name](8, 17)
+    x, y = torch.randn(8, 8), torch.arange(8)
+    with pytest.warns(
+        UserWarning, match=f"^{name}: the embeddings are already of length 1; .* before any normalisation"
+    ):
+        loss(tf.normalize(x), y)
+    loss(tf.normalize(x), y)  # warnings are errors in these tests
+    for quiet in (lambda: LOSSES[name](8, 17)(x, y), lambda: LOSSES[name](8, 17).eval()(tf.normalize(x), y)):
+        quiet()
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -106,7 +154,10 @@ def test_elasticface(kind):
         (lambda: torchmargin.MagFaceLoss(8, 17, a_min=9.0, a_max=8.0), "expected 0 < a_min < a_max, but got 9.0 and 8"),
         (lambda: torchmargin.MagFaceLoss(8, 17, m_max=30.0), "m_max in radians, not degrees"),
         (lambda: torchmargin.ElasticFaceLoss(8, 17, kind="ark"), "expected kind to be 'arc' or 'cos', but got 'ark'"),
-        (lambda: torchmargin.ElasticFaceLoss(8, 17, deviation=-1.0), "expected deviation not to be negative"),
+        (
+            lambda: torchmargin.ElasticFaceLoss(8, 17, deviation=-1.0),
+            "expected deviation to be finite and not negative",
+        ),
     ],
 )
 def test_bad_parameters(make, text):

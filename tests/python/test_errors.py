@@ -43,7 +43,10 @@ BAD = {
     ),
     "sample_m2 shape": ({"sample_m2": torch.zeros(3)}, r"expected sample_m2 to have shape \[4\], but got \[3\]"),
     "sample_m2 scalar": ({"sample_m2": torch.tensor(0.0)}, r"expected sample_m2 to have shape \[4\], but got \[\]"),
-    "sample_m3 dtype": ({"sample_m3": torch.zeros(4).half()}, r"expected sample_m3 to be Float or Double, but got Half"),
+    "sample_m3 dtype": (
+        {"sample_m3": torch.zeros(4).half()},
+        r"expected sample_m3 to be Float or Double, but got Half",
+    ),
     "sample_m3 integer": ({"sample_m3": Y}, r"expected sample_m3 to be float64, .*but got Long"),
     "margin weight shape": (
         {"sample_margin_weight": torch.zeros(3)},

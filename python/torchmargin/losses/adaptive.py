@@ -2,36 +2,72 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from torchmargin.losses.base import CommonOptions, MarginLoss, MarginStatistics, check_radians
+from torchmargin.losses.base import CommonOptions, MarginLoss
+from torchmargin.losses.numbers import Number, check_not_negative, check_radians, check_share
 
 __all__ = ["AdaFaceLoss", "ElasticFaceLoss", "MagFaceLoss"]
 
 
-def _lengths(loss: MarginLoss, embeddings: Tensor, labels: Tensor, ignored: float) -> tuple[Tensor, Tensor]:
-    """Which rows count [B], and the embeddings' lengths [B] in the dtype of margins.
+class _ByLength(MarginLoss):
+    """A loss whose margin is read from the length of an embedding, before it is normalised."""
 
-    An ignored row may hold anything: it is replaced before the arithmetic, so that no NaN reaches a gradient.
-    """
-    valid = labels != loss.ignore_index
-    rows = torch.where(valid[:, None], embeddings, ignored)
-    return valid, torch.linalg.vector_norm(rows, dim=1, dtype=loss.acc_dtype)
+    def _lengths(self, embeddings: Tensor, labels: Tensor, otherwise: float) -> tuple[Tensor, Tensor]:
+        """Which rows count [B], and the embeddings' lengths [B] in the dtype of margins, NaN where they do not.
+
+        A row that is ignored or not finite may hold anything: it is replaced before the arithmetic, so that no NaN
+        of it reaches a gradient. Ignored rows have the length of a row full of `otherwise`.
+        """
+        finite = embeddings.isfinite().all(1)
+        ignored = labels == self.ignore_index
+        counted = finite & ~ignored
+        rows = torch.where(counted[:, None], embeddings, otherwise)
+        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=self.acc_dtype)
+        self._warn_of_unit_rows(lengths, counted)
+        return counted & lengths.isfinite(), torch.where(finite | ignored, lengths, torch.nan)
+
+    @torch.no_grad()
+    def _warn_of_unit_rows(self, lengths: Tensor, counted: Tensor) -> None:
+        """Once, at the first batch of training: afterwards no batch waits for the device."""
+        if not self.training or self._seen_lengths or torch.compiler.is_compiling() or lengths.is_meta:
+            return
+        if lengths.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._seen_lengths = True
+        of_length_one = ((lengths - 1).abs() < 1e-2) | ~counted
+        if counted.sum() > 1 and of_length_one.all():
+            warnings.warn(
+                f"{type(self).__name__}: the embeddings are already of length 1; it reads the quality of an image from "
+                f"the length, so give it the network's output before any normalisation",
+                stacklevel=6,
+            )
+
+    _seen_lengths = False
 
 
-class AdaFaceLoss(MarginLoss):
+class AdaFaceLoss(_ByLength):
     """AdaFace: Kim et al., CVPR 2022 (arXiv:2204.00964).
 
     target logit = scale (cos(theta - margin q) - margin (1 + q)), where q in [-1, 1] is h times the
     embedding's length, standardised by the running mean and deviation of the batches' lengths (two buffers;
     ``momentum`` is the weight of the newest batch). theta - margin q is held within [0, pi]. No gradient
-    flows through the length.
+    flows through the length. A row that is not finite counts for no statistic.
     """
 
-    length_mean: Tensor
-    length_std: Tensor
+    if TYPE_CHECKING:
+        length_mean: Tensor
+        length_std: Tensor
+
+    margin = Number(check_radians)
+    h = Number()
+    momentum = Number(check_share)
+    _unsaved = MarginLoss._unsaved | {"m1", "m2", "m3"}
 
     def __init__(
         self,
@@ -45,41 +81,55 @@ class AdaFaceLoss(MarginLoss):
         **common: Unpack[CommonOptions],
     ) -> None:
         super().__init__(in_features, num_classes, scale=scale, extension="clip", **common)
-        self.margin = check_radians("margin", margin)
+        self.margin = margin
         self.h = h
         self.momentum = momentum
         self.register_buffer("length_mean", torch.tensor(20.0, device=self.weight.device))
         self.register_buffer("length_std", torch.tensor(100.0, device=self.weight.device))
 
-    @torch.no_grad()
-    def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        valid, lengths = _lengths(self, embeddings, labels, ignored=1.0)
-        lengths = lengths.clamp(0.001, 100.0)
-        if self.training:
-            self._move_statistics(valid, lengths)
-        quality = ((lengths - self.length_mean) / (self.length_std + 1e-3) * self.h).clamp(-1, 1).to(lengths.dtype)
-        return {"sample_m2": -self.margin * quality, "sample_m3": self.margin * (1 + quality)}
+    def reset_state(self) -> None:
+        if "length_std" in self._buffers:
+            self.length_mean.fill_(20.0)
+            self.length_std.fill_(100.0)
 
-    def _move_statistics(self, valid: Tensor, lengths: Tensor) -> None:
+    def advance(self, embeddings: Tensor, labels: Tensor) -> None:
         """Mean and unbiased deviation of the rows that count; a batch with fewer than two changes nothing."""
+        valid, lengths = self._lengths(embeddings, labels, otherwise=1.0)
+        lengths = lengths.clamp(0.001, 100.0)
         count = valid.sum()
         mean = torch.where(valid, lengths, 0.0).sum() / count.clamp(min=1)
         square = torch.where(valid, (lengths - mean).square(), 0.0).sum() / (count - 1).clamp(min=1)
-        weight = (count > 1).to(self.length_mean) * self.momentum
+        weight = torch.where(count > 1, self.number("momentum"), 0.0).to(self.length_mean.dtype)
         self.length_mean.lerp_(mean.to(self.length_mean), weight)
         self.length_std.lerp_(square.sqrt().to(self.length_std), weight)
+
+    @torch.no_grad()
+    def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        _, lengths = self._lengths(embeddings, labels, otherwise=1.0)
+        lengths = lengths.clamp(0.001, 100.0)
+        quality = ((lengths - self.length_mean) / (self.length_std + 1e-3) * self.number("h")).clamp(-1, 1)
+        quality = quality.to(lengths.dtype)
+        margin = self.number("margin")
+        return {"sample_m2": -margin * quality, "sample_m3": margin * (1 + quality)}
 
     def describe_margin(self) -> str:
         return f"{super().describe_margin()}, margin={self.margin:g}, h={self.h:g}"
 
 
-class MagFaceLoss(MarginLoss):
+class MagFaceLoss(_ByLength):
     """MagFace: Meng et al., CVPR 2021 (arXiv:2103.06627).
 
     target logit = scale cos(theta + m(a)) for embeddings of length a, held within [a_min, a_max]; m rises
     linearly from m_min to m_max. ``regularizer`` times g(a) = 1/a + a/a_max^2 is added to each row's loss.
     The gradient flows through the margin to the length.
     """
+
+    a_min = Number()
+    a_max = Number()
+    m_min = Number(check_radians)
+    m_max = Number(check_radians)
+    regularizer = Number()
+    _unsaved = MarginLoss._unsaved | {"m1", "m2", "m3"}
 
     def __init__(
         self,
@@ -95,32 +145,31 @@ class MagFaceLoss(MarginLoss):
         **common: Unpack[CommonOptions],
     ) -> None:
         super().__init__(in_features, num_classes, scale=scale, extension="linear", **common)
+        with self._checked_together():
+            self.a_min, self.a_max = a_min, a_max
+            self.m_min, self.m_max = m_min, m_max
+            self.regularizer = regularizer
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        if "a_max" not in self._numbers:
+            return  # the constructor sets them later
+        a_min, a_max = (float(self._numbers[name]) for name in ("a_min", "a_max"))
         if not 0 < a_min < a_max:
             raise ValueError(f"expected 0 < a_min < a_max, but got {a_min} and {a_max}")
-        self.a_min, self.a_max = a_min, a_max
-        self.m_min, self.m_max = check_radians("m_min", m_min), check_radians("m_max", m_max)
-        self.regularizer = regularizer
+
+    def _held_lengths(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        _, lengths = self._lengths(embeddings, labels, otherwise=1.0)
+        return lengths.clamp(self.number("a_min"), self.number("a_max"))
 
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        _, lengths = _lengths(self, embeddings, labels, ignored=self.a_min)
-        lengths = lengths.clamp(self.a_min, self.a_max)
-        slope = (self.m_max - self.m_min) / (self.a_max - self.a_min)
-        return {"sample_m2": self.m_min + slope * (lengths - self.a_min)}
+        a_min, a_max, m_min, m_max = (self.number(name) for name in ("a_min", "a_max", "m_min", "m_max"))
+        slope = (m_max - m_min) / (a_max - a_min)
+        return {"sample_m2": m_min + slope * (self._held_lengths(embeddings, labels) - a_min)}
 
-    def forward(
-        self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
-    ) -> Tensor | tuple[Tensor, MarginStatistics]:
-        result = super().forward(embeddings, labels, return_statistics)
-        loss, statistics = result if return_statistics else (result, None)
-        valid, lengths = _lengths(self, embeddings, labels, ignored=self.a_min)
-        lengths = lengths.clamp(self.a_min, self.a_max)
-        penalty = torch.where(valid, self.regularizer * (1 / lengths + lengths / self.a_max**2), 0.0)
-        if self.reduction != "none":
-            penalty = penalty.sum()
-        if self.reduction == "mean":
-            penalty = penalty / valid.sum()
-        loss = loss + penalty
-        return (loss, statistics) if return_statistics else loss
+    def row_penalty(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        lengths = self._held_lengths(embeddings, labels)
+        return self.number("regularizer") * (1 / lengths + lengths / self.number("a_max") ** 2)
 
     def describe_margin(self) -> str:
         return f"{super().describe_margin()}, a=({self.a_min:g}, {self.a_max:g}), m=({self.m_min:g}, {self.m_max:g})"
@@ -134,6 +183,11 @@ class ElasticFaceLoss(MarginLoss):
     The paper's means are 0.5 and 0.35.
     """
 
+    margin = Number(check_radians)
+    deviation = Number(check_not_negative)
+    _unsaved = MarginLoss._unsaved | {"m1", "m2", "m3"}
+    _options = {**MarginLoss._options, "kind": ("arc", "cos")}
+
     def __init__(
         self,
         in_features: int,
@@ -145,20 +199,17 @@ class ElasticFaceLoss(MarginLoss):
         deviation: float = 0.0125,
         **common: Unpack[CommonOptions],
     ) -> None:
-        if kind not in ("arc", "cos"):
-            raise ValueError(f"expected kind to be 'arc' or 'cos', but got {kind!r}")
-        if not deviation >= 0:
-            raise ValueError(f"expected deviation not to be negative, but got {deviation}")
-        check_radians("margin", margin)
-        super().__init__(in_features, num_classes, scale=scale, **{"m2" if kind == "arc" else "m3": margin}, **common)
+        super().__init__(in_features, num_classes, scale=scale, **common)
         self.kind = kind
+        self.margin = margin
         self.deviation = deviation
 
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        if not self.training:
-            return {}
-        noise = self.deviation * torch.randn(len(labels), dtype=self.acc_dtype, device=labels.device)
-        return {"sample_m2" if self.kind == "arc" else "sample_m3": noise}
+        margins = self.number("margin").expand(labels.shape[0]).clone()
+        if self.training:
+            noise = torch.randn(labels.shape[0], dtype=self.acc_dtype, device=labels.device)
+            margins = margins + (self.number("deviation") * noise).double()
+        return {"sample_m2" if self.kind == "arc" else "sample_m3": margins}
 
     def describe_margin(self) -> str:
-        return f"{super().describe_margin()}, deviation={self.deviation:g}"
+        return f"{super().describe_margin()}, kind={self.kind!r}, margin={self.margin:g}, deviation={self.deviation:g}"

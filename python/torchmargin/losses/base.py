@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict, Unpack
 
 from torchmargin import _extension  # noqa: F401  (registers the ops)
+from torchmargin.losses.numbers import Alias, Number, check_finite, check_radians
+from torchmargin.losses.recompute import empty_log, key_of, log_shape
 
-__all__ = ["CommonOptions", "MarginLoss", "MarginStatistics", "check_radians"]
+__all__ = ["CommonOptions", "MarginLoss", "MarginStatistics"]
 
 
 class CommonOptions(TypedDict, total=False):
@@ -32,24 +35,23 @@ class MarginStatistics(NamedTuple):
     hardest_negative_logit: Tensor  # the largest logit of another class
 
 
-def check_radians(name: str, angle: float) -> float:
-    """The angle itself, refused if it can only be meant in degrees."""
-    if not abs(angle) <= math.pi:
-        raise ValueError(f"expected {name} in radians, not degrees: at most pi in size, but got {angle}")
-    return angle
-
-
 class MarginLoss(nn.Module):
     """A classification head and its loss in one module: weights [C, D], never the logits [B, C].
 
     The base of the published losses, and all that a new one needs: give it the margin, or override
-    :meth:`sample_margins` for a margin that differs from row to row.
+    :meth:`sample_margins` for a margin that differs from row to row, :meth:`advance` for state that moves
+    with training, :meth:`row_penalty` for what is added to a row's loss.
 
     ``loss(embeddings, labels)`` takes embeddings [B, D] and labels [B] int64 and returns the loss, a
     scalar (or [B] with reduction "none") in float64 for float64 weights and float32 otherwise. With
     ``return_statistics=True`` it returns (loss, :class:`MarginStatistics`) from the same sweep over
-    the classes. Bad parameters and inputs raise RuntimeError or ValueError; a label outside [0, C)
+    the classes. Bad parameters and inputs raise RuntimeError, ValueError or TypeError; a label outside [0, C)
     that is not ``ignore_index`` raises IndexError.
+
+    The constructor's parameters are attributes that may be set at any time: they are checked, count from the
+    next call on, and the numbers that make the logits are part of the state_dict, as 0-dim float64 tensors. A
+    state_dict without them leaves them as they are. Margins may change at every step under torch.compile; a new
+    ``scale`` or ``m1`` compiles again.
 
     Args:
         in_features: D, the size of an embedding.
@@ -64,8 +66,35 @@ class MarginLoss(nn.Module):
         device, dtype: of the weights.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    if TYPE_CHECKING:  # TorchScript reads annotations that are there at run time, and cannot read these
+        weight: Tensor
+        bias: Tensor | None
+        _unsaved: ClassVar[frozenset[str]]
+        _options: ClassVar[dict[str, type | tuple[str, ...]]]
+        _roles: ClassVar[dict[str, str]]
+
+    scale = Number()
+    m1 = Number()
+    m2 = Number(check_radians)
+    m3 = Number()
+    label_smoothing = Number(check_finite)
+
+    # Numbers that are not in the state_dict: they do not make logits, or this loss has them fixed.
+    _unsaved = frozenset({"label_smoothing"})
+    # Attributes beside numbers that are checked when they are set: of which type, or which values.
+    _options = {
+        "extension": str,
+        "margin_gradient": str,
+        "normalize_input": bool,
+        "normalize_weight": bool,
+        "ignore_index": int,
+        "reduction": str,
+    }
+    # The numbers that stand for the op's m1, m2 and m3; see __init_subclass__.
+    _roles = {"m1": "m1", "m2": "m2", "m3": "m3"}
+    # A model that holds a loss can be scripted; the loss itself stays in Python.
+    __jit_unused_properties__ = ["acc_dtype"]
+    __jit_ignored_attributes__ = ["scale", "m1", "m2", "m3"]
 
     def __init__(
         self,
@@ -74,8 +103,8 @@ class MarginLoss(nn.Module):
         *,
         scale: float = 1.0,
         m1: float = 1.0,
-        m2: float = 0.0,
-        m3: float = 0.0,
+        m2: float | Tensor = 0.0,
+        m3: float | Tensor = 0.0,
         extension: str = "none",
         margin_gradient: str = "exact",
         normalize_input: bool = True,
@@ -91,76 +120,109 @@ class MarginLoss(nn.Module):
         factory = {"device": common.pop("device", None), "dtype": common.pop("dtype", None)}
         self.in_features = in_features
         self.num_classes = num_classes
-        self.scale = scale
-        self.m1 = m1
-        self.m2 = check_radians("the angular margin", m2)
-        self.m3 = m3
-        self.extension = extension
-        self.margin_gradient = margin_gradient
-        self.normalize_input = normalize_input
-        self.normalize_weight = normalize_weight
-        self.label_smoothing = common.pop("label_smoothing", 0.0)
-        self.ignore_index = common.pop("ignore_index", -100)
-        self.reduction = common.pop("reduction", "mean")
+        self._numbers: dict[str, float | Tensor] = {}
+        self._changed: dict[str, None] | None = None  # in order: every process has the same buffers in the same order
+        self._moving: list[str] = []
+        self._recalls: Tensor | None = None
+        with self._checked_together():
+            self.scale = scale
+            self.m1 = m1
+            self.m2 = m2
+            self.m3 = m3
+            self.extension = extension
+            self.margin_gradient = margin_gradient
+            self.normalize_input = normalize_input
+            self.normalize_weight = normalize_weight
+            self.label_smoothing = common.pop("label_smoothing", 0.0)
+            self.ignore_index = common.pop("ignore_index", -100)
+            self.reduction = common.pop("reduction", "mean")
         if common:
             raise TypeError(f"{type(self).__name__}: unexpected keyword argument {next(iter(common))!r}")
-        self._check_parameters()
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, **factory))
         self.register_parameter("bias", nn.Parameter(torch.empty(num_classes, **factory)) if bias else None)
+        self._write_numbers(self._numbers.keys())
         self.reset_parameters()
 
-    def _check_parameters(self) -> None:
-        """The op's own checks on an empty batch, so that a bad parameter raises here and not in training."""
-        nothing = torch.empty(0, 1, device="meta")
-        labels = torch.empty(0, dtype=torch.int64, device="meta")
-        torch.ops.torchmargin.linear_margin_cross_entropy(
-            nothing, nothing.new_empty(1, 1), labels, **self._margin(), **self._reduction()
-        )
-
     def reset_parameters(self) -> None:
-        """Xavier-uniform weights, as ArcFace's and SphereFace's code has them; the bias 0."""
+        """Xavier-uniform weights, as ArcFace's and SphereFace's code has them; the bias 0; state as at the start."""
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        self.reset_state()
 
     @property
     def acc_dtype(self) -> torch.dtype:
         """The dtype of losses and of margins of rows: float64 for float64 weights, else float32."""
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
+    # ---- what a loss may override --------------------------------------------------------------------------------
+
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Of sample_m2, sample_m3 [B] and sample_margin_weight (0-dim or [B]) those that this loss sets."""
+        """Of sample_m2, sample_m3 [B] and sample_margin_weight (0-dim or [B]) those that this loss sets.
+
+        They are added to m2 and m3. Labels may be ``ignore_index`` or out of range: the op judges them later.
+        """
         return {}
 
+    def advance(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Moves the state of training, once before each training forward: 0-dim buffers, in place.
+
+        Runs without gradients. A forward that is computed again inside a backward pass (activation checkpointing)
+        sees the state that its own first run has seen, and leaves the buffers as they are. Under torch.compile a
+        hook takes a clone of a buffer that autograd would keep (one that multiplies what requires a gradient).
+        """
+
+    def row_penalty(self, embeddings: Tensor, labels: Tensor) -> Tensor | None:
+        """What is added to each row's loss [B], or None. Ignored rows are left out and the reduction follows."""
+        return None
+
+    def reset_state(self) -> None:
+        """Sets the buffers that :meth:`advance` moves to where training starts."""
+
+    # ---- calls ---------------------------------------------------------------------------------------------------
+
+    @torch.jit.ignore
     def forward(
         self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, MarginStatistics]:
         ops = torch.ops.torchmargin
         op = ops._linear_margin_cross_entropy_statistics if return_statistics else ops.linear_margin_cross_entropy
-        result = op(
-            embeddings,
-            self.weight,
-            labels,
-            self.bias,
-            **self._margin(),
-            **self._reduction(),
-            **self.sample_margins(embeddings, labels),
-        )
-        if return_statistics:
-            loss, *statistics = result
-            return loss, MarginStatistics(*statistics)
-        return result
+        if not self._fits(embeddings, labels):  # the op says what is wrong
+            return op(embeddings, self.weight, labels, self.bias, **self._margin(), **self._reduction())
+        before, fresh = self._advance_once(embeddings, labels)
+        try:
+            result = op(
+                self._widened(embeddings),
+                self.weight,
+                labels,
+                self.bias,
+                compute_dtype=self._compute_dtype(embeddings),
+                **self._margin(),
+                **self._reduction(),
+                **self._row_margins(embeddings, labels),
+            )
+            penalty = self.row_penalty(embeddings, labels)
+        except BaseException:
+            self._settle(before, None)
+            raise
+        self._settle(before, fresh)
+        loss, *statistics = result if return_statistics else (result,)
+        if penalty is not None:
+            loss = loss + self._reduced(penalty, labels)
+        return (loss, MarginStatistics(*statistics)) if return_statistics else loss
 
+    @torch.jit.ignore
     def logits(self, embeddings: Tensor) -> Tensor:
         """The logits [B, C] without a margin, for inference: their argmax is the predicted class."""
         return torch.ops.torchmargin.margin_logits(
-            embeddings,
+            self._widened(embeddings),
             self.weight,
             None,
             self.bias,
-            scale=self.scale,
+            scale=self._numbers["scale"],
             normalize_input=self.normalize_input,
             normalize_weight=self.normalize_weight,
+            compute_dtype=self._compute_dtype(embeddings),
         )
 
     def extra_repr(self) -> str:
@@ -174,27 +236,263 @@ class MarginLoss(nn.Module):
     def describe_margin(self) -> str:
         """Scale and margin in a few words."""
         parts = [f"scale={self.scale:g}"]
-        plain = {"m1": 1, "m2": 0, "m3": 0}
-        parts += [f"{name}={getattr(self, name):g}" for name in plain if getattr(self, name) != plain[name]]
+        for role, plain in (("m1", 1.0), ("m2", 0.0), ("m3", 0.0)):
+            value = getattr(self, self._roles[role])
+            if isinstance(value, Tensor):
+                parts.append(f"{self._roles[role]}=[{len(value)}]")
+            elif value != plain:
+                parts.append(f"{self._roles[role]}={value:g}")
         parts += [f"extension={self.extension!r}"] if self.extension != "none" else []
         parts += [f"margin_gradient={self.margin_gradient!r}"] if self.margin_gradient != "exact" else []
         return ", ".join(parts)
 
-    def _margin(self) -> dict:
+    # ---- what a call is made of ----------------------------------------------------------------------------------
+
+    def _fits(self, embeddings: Tensor, labels: Tensor) -> bool:
+        """Can the hooks read these? What they cannot read is for the op to refuse."""
+        return (
+            isinstance(embeddings, Tensor)
+            and isinstance(labels, Tensor)
+            and embeddings.is_floating_point()
+            and embeddings.dim() == 2
+            and embeddings.shape[1] == self.weight.shape[1]
+            and labels.dtype == torch.int64
+            and labels.dim() == 1
+            and labels.shape[0] == embeddings.shape[0]
+        )
+
+    def _widens(self, embeddings: Tensor) -> bool:
+        """A network in 16 bits before weights in float32: autocast's rule, with autocast or without."""
+        return (
+            isinstance(embeddings, Tensor)
+            and embeddings.dtype in (torch.float16, torch.bfloat16)
+            and self.weight.dtype == torch.float32
+        )
+
+    def _widened(self, embeddings: Tensor) -> Tensor:
+        return embeddings.to(torch.float32) if self._widens(embeddings) else embeddings
+
+    def _compute_dtype(self, embeddings: Tensor) -> torch.dtype | None:
+        return embeddings.dtype if self._widens(embeddings) else None
+
+    def _margin(self) -> dict[str, Any]:
+        """The op's arguments. Margins that are saved come by row, from their buffers: see _row_margins."""
+        constant = {role: self._numbers[name] if name in self._unsaved else 0.0 for role, name in self._roles.items()}
         return {
-            "scale": self.scale,
-            "m1": self.m1,
-            "m2": self.m2,
-            "m3": self.m3,
+            "scale": self._numbers["scale"],
+            "m1": self._numbers[self._roles["m1"]],
+            "m2": constant["m2"],
+            "m3": constant["m3"],
             "extension": self.extension,
             "margin_gradient": self.margin_gradient,
             "normalize_input": self.normalize_input,
             "normalize_weight": self.normalize_weight,
         }
 
-    def _reduction(self) -> dict:
+    def _row_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        margins = dict(self.sample_margins(embeddings, labels))
+        for role in ("m2", "m3"):
+            number = self._buffers.get(self._roles[role])
+            if number is None:
+                continue
+            # A copy: the margin may change before the backward pass.
+            of_classes = number.dim() > 0
+            own = number[labels.clamp(0, len(number) - 1)] if of_classes else number.expand(labels.shape[0]).clone()
+            given = margins.get(f"sample_{role}")
+            margins[f"sample_{role}"] = own if given is None else own + given.double()
+        return margins
+
+    def _reduction(self) -> dict[str, Any]:
         return {
-            "label_smoothing": self.label_smoothing,
+            "label_smoothing": self._numbers["label_smoothing"],
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
         }
+
+    def _reduced(self, penalty: Tensor, labels: Tensor) -> Tensor:
+        valid = labels != self.ignore_index
+        penalty = torch.where(valid, penalty, 0.0)
+        if self.reduction == "none":
+            return penalty
+        return penalty.sum() / valid.sum() if self.reduction == "mean" else penalty.sum()
+
+    # ---- state that moves ----------------------------------------------------------------------------------------
+
+    def _advance_once(self, embeddings: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Gives the buffers that move the state that this forward shall use: its own, if it is run a second time.
+
+        Returns what _settle needs: these buffers as they were, and whether this is no second run.
+        """
+        if not self.training or type(self).advance is MarginLoss.advance:
+            return {}, None
+        names = self._moving
+        buffers = {name: self.number(name) for name in names}
+        clones = {name: buffer.clone() for name, buffer in buffers.items()}
+        compiling = torch.compiler.is_compiling()  # graphs know buffers only as places to write to
+        if not compiling:  # autograd may keep what a hook reads: other tensors stand in for the buffers until the end
+            self._buffers.update(clones)
+        before = clones if compiling else buffers
+        with torch.no_grad():
+            try:
+                self.advance(embeddings, labels)
+                if not names:
+                    return {}, None
+                state = torch.stack([self.number(name).double() for name in names])
+                state, fresh = torch.ops.torchmargin._recall_state(self._recalls, key_of(embeddings, labels), state)
+            except BaseException:
+                self._buffers.update(buffers)
+                raise
+            for name, value in zip(names, state.unbind()):
+                if compiling:
+                    buffers[name].copy_(value)
+                else:
+                    self._buffers[name] = value.to(clones[name].dtype)
+        return before, fresh
+
+    def _settle(self, before: dict[str, Tensor], fresh: Tensor | None) -> None:
+        """The buffers as a first run leaves them; `fresh` is None: as they were."""
+        used = {name: self.number(name) for name in before}
+        if not torch.compiler.is_compiling():
+            self._buffers.update(before)
+        for name, old in before.items() if fresh is not None else ():
+            self.number(name).copy_(torch.where(fresh, used[name], old))
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        super().register_buffer(name, tensor, persistent)
+        self._make_log()
+
+    def _make_log(self) -> None:
+        """Which buffers move (0-dim ones that are not numbers), and the log of their states, empty.
+
+        The log is no buffer: DistributedDataParallel would give every rank rank 0's.
+        """
+        buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        self._moving = [name for name, buffer in buffers.items() if buffer.dim() == 0 and name not in self._numbers]
+        states, device = len(self._moving), self.weight.device
+        if self._recalls is None or self._recalls.shape != log_shape(states) or self._recalls.device != device:
+            self._recalls = empty_log(states, device)
+
+    # ---- numbers and options -------------------------------------------------------------------------------------
+
+    def number(self, name: str) -> Tensor:
+        """The tensor of a saved number: what torch.compile neither freezes nor compiles again for."""
+        buffer = self._buffers[name]
+        assert buffer is not None
+        return buffer
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        members = {role: getattr(cls, role) for role in ("m1", "m2", "m3")}
+        cls._roles = {role: member.of if isinstance(member, Alias) else role for role, member in members.items()}
+        cls.__jit_ignored_attributes__ = [name for name in dir(cls) if isinstance(getattr(cls, name), Number)]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        member = getattr(type(self), name, None)
+        if isinstance(member, Number):
+            member.__set__(self, value)
+        elif name in self._options:
+            self._set_option(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @contextlib.contextmanager
+    def _checked_together(self) -> Iterator[None]:
+        """Numbers and options that are set inside are checked as one; all stay as they were if one is bad."""
+        if self._changed is not None:
+            yield
+            return
+        options = {name: self.__dict__[name] for name in self._options if name in self.__dict__}
+        numbers = dict(self._numbers)
+        self._changed = {}
+        try:
+            yield
+            self._check_parameters()
+            self._write_numbers(self._changed)
+        except BaseException:
+            self._numbers = numbers
+            self.__dict__.update(options)
+            raise
+        finally:
+            self._changed = None
+
+    def _check_parameters(self) -> None:
+        """The op's own checks on an empty batch, so that a bad parameter raises here and not in training."""
+        nothing = torch.empty(0, 1, device="meta")
+        labels = torch.empty(0, dtype=torch.int64, device="meta")
+        torch.ops.torchmargin.linear_margin_cross_entropy(
+            nothing, nothing.new_empty(1, 1), labels, **self._margin(), **self._reduction()
+        )
+
+    def _set_number(self, number: Number, value: float | Tensor) -> None:
+        with self._checked_together():
+            self._numbers[number.name] = number.checked(self, value)
+            self._changed[number.name] = None  # type: ignore[index]
+
+    def _set_option(self, name: str, value: Any) -> None:
+        allowed = self._options[name]
+        if not isinstance(allowed, tuple):
+            if not isinstance(value, allowed) or isinstance(value, bool) != (allowed is bool):
+                raise TypeError(f"{type(self).__name__}: expected {name} to be {allowed.__name__}, but got {value!r}")
+        elif value not in allowed:
+            known = " or ".join(repr(choice) for choice in allowed)
+            raise ValueError(f"expected {name} to be {known}, but got {value!r}")
+        with self._checked_together():
+            super().__setattr__(name, value)
+
+    def _write_numbers(self, names: Iterable[str]) -> None:
+        """Numbers that are saved to their buffers: in place where the shape stays, compiled graphs hold them."""
+        if "weight" not in self._parameters:
+            return  # the constructor writes them all
+        device = self.weight.device
+        for name in names:
+            if name in self._unsaved:
+                continue
+            value = torch.as_tensor(self._numbers[name], dtype=torch.float64, device="cpu")
+            buffer = self._buffers.get(name)
+            if buffer is not None and buffer.shape == value.shape:
+                with torch.no_grad():
+                    buffer.copy_(value)
+            else:
+                self._buffers[name] = value.clone().to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MarginLoss:
+        """No cast narrows a buffer: numbers stay float64, statistics keep the digits that small steps need."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is None or new is None:
+                continue
+            if new.is_floating_point() and new.element_size() < old.element_size():
+                self._buffers[name] = old.to(new.device)
+        leaves_meta = any(buffer is not None and buffer.is_meta for buffer in before.values())
+        if leaves_meta and self.weight.device.type != "meta":  # to_empty: what is in the buffers now is chance
+            self._write_numbers(self._numbers.keys())
+            self.reset_state()
+        self._make_log()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Numbers are checked as they always are; where there are none the present ones stay."""
+        saved = {prefix + name: name for name in self._numbers if name not in self._unsaved}
+        others = {key: value for key, value in state_dict.items() if key not in saved}
+        missing: list[str] = []
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys += [key for key in missing if key not in saved]
+        try:
+            with self._checked_together():
+                for key, name in saved.items():
+                    if key in state_dict and not state_dict[key].is_meta:
+                        value = state_dict[key].detach()
+                        setattr(self, name, value.item() if value.dim() == 0 else value)
+        except (RuntimeError, TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix or type(self).__name__}: {error}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing_extensions import Unpack
 
-from torchmargin.losses.base import CommonOptions, MarginLoss, check_radians
+from torchmargin.losses.base import CommonOptions, MarginLoss
 
 __all__ = ["CombinedMarginLoss"]
 
@@ -34,7 +34,7 @@ class CombinedMarginLoss(MarginLoss):
             num_classes,
             scale=scale,
             m1=m1,
-            m2=check_radians("m2", m2),
+            m2=m2,
             m3=m3,
             extension=extension,
             margin_gradient=margin_gradient,

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
 from typing_extensions import Unpack
 
 from torchmargin.losses.base import CommonOptions, MarginLoss
+from torchmargin.losses.numbers import Alias, Number
 
 __all__ = ["CosFaceLoss"]
+
+
+def _check_cosines(name: str, value: float) -> None:
+    if not abs(value) <= math.pi:
+        raise ValueError(
+            f"expected {name} to be a difference of cosines (angles here are in radians, not degrees): at most "
+            f"pi in size, but got {value}"
+        )
 
 
 class CosFaceLoss(MarginLoss):
     """CosFace, or LMCL: Wang et al., CVPR 2018 (arXiv:1801.09414).
 
     target logit = scale (cos(theta) - margin), other logits = scale cos(theta_j), for embeddings
-    [B, in_features] and labels [B]. ``margin`` is a difference of cosines. ``extension`` changes
-    nothing here, where no angle is added to theta.
+    [B, in_features] and labels [B]. ``margin`` is a difference of cosines, one number or a tensor [C] with
+    one for each class, and may be set at any time. ``extension`` changes nothing here, where no angle is added
+    to theta.
     """
+
+    margin = Number(_check_cosines, of_classes=True)
+    m3 = Alias("margin")
+    _unsaved = MarginLoss._unsaved | {"m1", "m2"}
 
     def __init__(
         self,
@@ -25,16 +40,11 @@ class CosFaceLoss(MarginLoss):
         num_classes: int,
         *,
         scale: float = 64.0,
-        margin: float = 0.35,
+        margin: float | Tensor = 0.35,
         extension: str = "none",
         margin_gradient: str = "exact",
         **common: Unpack[CommonOptions],
     ) -> None:
-        if not abs(margin) <= math.pi:
-            raise ValueError(
-                f"expected margin to be a difference of cosines (angles here are in radians, not degrees): at most "
-                f"pi in size, but got {margin}"
-            )
         super().__init__(
             in_features,
             num_classes,

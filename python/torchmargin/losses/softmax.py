@@ -15,6 +15,8 @@ class SoftmaxLoss(MarginLoss):
     The same loss as ``cross_entropy(linear(x, weight, bias), labels)``, without the [B, C] logits.
     """
 
+    _unsaved = MarginLoss._unsaved | {"m1", "m2", "m3"}
+
     def __init__(
         self,
         in_features: int,
@@ -35,6 +37,8 @@ class ModifiedSoftmaxLoss(MarginLoss):
     logits = scale |x| cos(theta_j): the weights are of unit length and there is no bias.
     """
 
+    _unsaved = MarginLoss._unsaved | {"m1", "m2", "m3"}
+
     def __init__(
         self, in_features: int, num_classes: int, *, scale: float = 1.0, **common: Unpack[CommonOptions]
     ) -> None:
@@ -46,6 +50,8 @@ class NormalizedSoftmaxLoss(MarginLoss):
 
     logits = scale cos(theta_j) for embeddings [B, in_features] and labels [B].
     """
+
+    _unsaved = MarginLoss._unsaved | {"m1", "m2", "m3"}
 
     def __init__(
         self, in_features: int, num_classes: int, *, scale: float = 64.0, **common: Unpack[CommonOptions]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from torchmargin.losses.base import CommonOptions, MarginLoss, MarginStatistics
+from torchmargin.losses.base import CommonOptions, MarginLoss
+from torchmargin.losses.numbers import Alias, Number, check_not_negative
 
 __all__ = ["AnnealedMarginLoss", "LargeMarginSoftmaxLoss", "SphereFaceLoss"]
 
@@ -20,7 +23,15 @@ class AnnealedMarginLoss(MarginLoss):
     the whole margin from the start. psi(phi) = (-1)^k cos(phi) - 2k falls on all of [0, pi].
     """
 
-    step: Tensor
+    if TYPE_CHECKING:
+        step: Tensor
+
+    margin = Number()
+    m1 = Alias("margin")
+    lambda_base = Number(check_not_negative)
+    lambda_gamma = Number(check_not_negative)
+    lambda_min = Number(check_not_negative)
+    _unsaved = MarginLoss._unsaved | {"m2", "m3"}
 
     def __init__(
         self,
@@ -38,9 +49,6 @@ class AnnealedMarginLoss(MarginLoss):
         normalize_weight: bool,
         **common: Unpack[CommonOptions],
     ) -> None:
-        for name, value in (("lambda_base", lambda_base), ("lambda_gamma", lambda_gamma), ("lambda_min", lambda_min)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"expected {name} to be finite and not negative, but got {value}")
         super().__init__(
             in_features,
             num_classes,
@@ -57,20 +65,21 @@ class AnnealedMarginLoss(MarginLoss):
         self.lambda_min = lambda_min
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.weight.device))
 
+    def reset_state(self) -> None:
+        if "step" in self._buffers:
+            self.step.zero_()
+
+    def advance(self, embeddings: Tensor, labels: Tensor) -> None:
+        self.step.add_(1)
+
     def annealing_lambda(self) -> Tensor:
         """The present lambda, a 0-dim float64 tensor."""
-        return (self.lambda_base / (1 + self.lambda_gamma * self.step.double())).clamp(min=self.lambda_min)
+        base, gamma, least = (self.number(name) for name in ("lambda_base", "lambda_gamma", "lambda_min"))
+        return torch.maximum(base / (1 + gamma * self.step.double()), least)
 
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         # A tensor, not the float margin_weight: a float that changes recompiles torch.compile at every step.
         return {"sample_margin_weight": (1 / (1 + self.annealing_lambda())).to(self.acc_dtype)}
-
-    def forward(
-        self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
-    ) -> Tensor | tuple[Tensor, MarginStatistics]:
-        if self.training:
-            self.step.add_(1)
-        return super().forward(embeddings, labels, return_statistics)
 
     def describe_margin(self) -> str:
         annealing = (

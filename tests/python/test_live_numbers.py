@@ -1,0 +1,376 @@
+"""The constructor's names as attributes: they count when they are set, are checked, saved, and survive casts."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch.nn import functional as tf
+
+import torchmargin
+
+C, D = 17, 8
+
+# A loss and other values for every number of it.
+NUMBERS = {
+    "SoftmaxLoss": {"scale": 2.0},
+    "ModifiedSoftmaxLoss": {"scale": 2.0},
+    "NormalizedSoftmaxLoss": {"scale": 20.0},
+    "SphereFaceLoss": {"scale": 2.0, "margin": 3.0, "lambda_base": 20.0, "lambda_gamma": 0.5, "lambda_min": 2000.0},
+    "LargeMarginSoftmaxLoss": {
+        "scale": 2.0,
+        "margin": 2.0,
+        "lambda_base": 9.0,
+        "lambda_gamma": 0.2,
+        "lambda_min": 90.0,
+    },
+    "CosFaceLoss": {"scale": 30.0, "margin": 0.1},
+    "ArcFaceLoss": {"scale": 30.0, "margin": 0.1},
+    "CombinedMarginLoss": {"scale": 30.0, "m1": 1.25, "m2": 0.1, "m3": 0.05},
+    "AdaFaceLoss": {"scale": 30.0, "margin": 0.1, "h": 0.5, "momentum": 0.5},
+    "MagFaceLoss": {"scale": 30.0, "a_min": 5.0, "a_max": 40.0, "m_min": 0.1, "m_max": 0.3, "regularizer": 3.0},
+    "ElasticFaceLoss": {"scale": 30.0, "margin": 0.1, "deviation": 0.2},
+}
+BESIDE = {"LargeMarginSoftmaxLoss": {"lambda_base": 50.0}}  # else it is not annealed at all
+EACH = [(name, number) for name, values in NUMBERS.items() for number in values]
+
+
+def _make(name, **options):
+    torch.manual_seed(1)
+    return getattr(torchmargin, name)(D, C, dtype=torch.float64, **{**BESIDE.get(name, {}), **options})
+
+
+def _batch(dtype=torch.float64):
+    torch.manual_seed(2)
+    x = (20 * torch.randn(12, D, dtype=dtype)).requires_grad_()
+    return x, torch.arange(12) % C
+
+
+def _results(loss, x, y):
+    torch.manual_seed(3)  # ElasticFace draws
+    value = loss(x, y)
+    return [value.detach(), *torch.autograd.grad(value, (x, loss.weight)), loss.logits(x).detach()]
+
+
+def _equal(a, b):
+    return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("name", "number"), EACH)
+def test_a_number_set_later_is_one_set_in_the_constructor(name, number):
+    value = NUMBERS[name][number]
+    loss, expected, plain = _make(name), _make(name, **{number: value}), _make(name)
+    assert getattr(loss, number) != value
+    setattr(loss, number, value)
+    assert getattr(loss, number) == value and repr(loss) == repr(expected)
+    x, y = _batch()
+    got = _results(loss, x, y)
+    assert _equal(got, _results(expected, x, y))
+    assert not _equal(got, _results(plain, x, y))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_saved_and_restored(name):
+    loss, other = _make(name), _make(name)
+    for number, value in NUMBERS[name].items():
+        setattr(loss, number, value)
+    state = loss.state_dict()
+    assert all(type(tensor) is torch.Tensor for tensor in state.values())
+    assert all(
+        state[number].dtype == torch.float64 and state[number] == value for number, value in NUMBERS[name].items()
+    )
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    for assign in (False, True):
+        assert str(other.load_state_dict(torch.load(buffer), assign=assign)) == "<All keys matched successfully>"
+        buffer.seek(0)
+        assert {number: getattr(other, number) for number in NUMBERS[name]} == NUMBERS[name]
+        x, y = _batch()
+        assert _equal(_results(copy.deepcopy(other), x, y), _results(copy.deepcopy(loss), x, y))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_state_without_numbers_keeps_the_constructors(name):
+    loss = _make(name, **NUMBERS[name])
+    state = {key: tensor for key, tensor in _make(name).state_dict().items() if key not in NUMBERS[name]}
+    assert str(loss.load_state_dict(state)) == "<All keys matched successfully>"
+    assert {number: getattr(loss, number) for number in NUMBERS[name]} == NUMBERS[name]
+    model = torch.nn.Sequential(loss)  # with a prefix
+    assert str(model.load_state_dict({f"0.{key}": value for key, value in state.items()})) == (
+        "<All keys matched successfully>"
+    )
+
+
+def test_a_bad_number_in_a_state_is_refused_and_changes_none():
+    loss = _make("ArcFaceLoss")
+    state = {**loss.state_dict(), "scale": torch.tensor(32.0), "margin": torch.tensor(28.6)}
+    with pytest.raises(RuntimeError, match="expected margin in radians, not degrees: at most pi in size, but got 28.6"):
+        loss.load_state_dict(state)
+    assert loss.margin == 0.5 and loss.scale == 64.0
+    with pytest.raises(RuntimeError, match=r"ArcFaceLoss: expected margin to be a number or a tensor of shape \[17\]"):
+        loss.load_state_dict({**loss.state_dict(), "margin": torch.zeros(16)})
+
+
+BAD = [
+    ("ArcFaceLoss", "margin", 28.6, ValueError, "expected margin in radians, not degrees: at most pi in size, but got"),
+    ("ArcFaceLoss", "m2", 28.6, ValueError, "expected margin in radians, not degrees"),
+    ("MarginLoss", "m2", 28.6, ValueError, "expected m2 in radians, not degrees"),
+    ("CosFaceLoss", "margin", 20.0, ValueError, "expected margin to be a difference of cosines"),
+    ("CosFaceLoss", "m3", 20.0, ValueError, "expected margin to be a difference of cosines"),
+    ("ElasticFaceLoss", "margin", 20.0, ValueError, "expected margin in radians"),
+    ("ElasticFaceLoss", "deviation", -1.0, ValueError, "expected deviation to be finite and not negative, but got -1"),
+    ("ElasticFaceLoss", "kind", "ark", ValueError, "expected kind to be 'arc' or 'cos', but got 'ark'"),
+    ("SphereFaceLoss", "margin", 0.0, RuntimeError, "expected m1 > 0, but got 0"),
+    ("SphereFaceLoss", "lambda_min", -1.0, ValueError, "expected lambda_min to be finite and not negative"),
+    ("AdaFaceLoss", "margin", 20.0, ValueError, "expected margin in radians"),
+    ("AdaFaceLoss", "h", math.nan, ValueError, "expected h to be finite, but got nan"),
+    ("AdaFaceLoss", "momentum", 1.5, ValueError, r"expected momentum in \[0, 1\], but got 1.5"),
+    ("MagFaceLoss", "a_min", 200.0, ValueError, "expected 0 < a_min < a_max, but got 200.0 and 110.0"),
+    ("MagFaceLoss", "m_max", 30.0, ValueError, "expected m_max in radians"),
+    ("MagFaceLoss", "regularizer", math.inf, ValueError, "expected regularizer to be finite, but got inf"),
+    ("ArcFaceLoss", "scale", -1.0, RuntimeError, "expected scale > 0, but got -1"),
+    ("ArcFaceLoss", "scale", math.nan, ValueError, "expected scale to be finite, but got nan"),
+    ("ArcFaceLoss", "m1", 2.0, RuntimeError, "expected m1 = 1 with extension 'linear'"),
+    ("ArcFaceLoss", "extension", "soft", RuntimeError, "but got 'soft'"),
+    ("ArcFaceLoss", "margin_gradient", "approximate", RuntimeError, "but got 'approximate'"),
+    ("ArcFaceLoss", "reduction", "max", RuntimeError, "but got 'max'"),
+    ("ArcFaceLoss", "label_smoothing", 2.0, RuntimeError, r"expected label_smoothing in \[0, 1\], but got 2"),
+    ("ArcFaceLoss", "ignore_index", 1.0, TypeError, "ArcFaceLoss: expected ignore_index to be int, but got 1.0"),
+    ("ArcFaceLoss", "ignore_index", True, TypeError, "ArcFaceLoss: expected ignore_index to be int, but got True"),
+    ("ArcFaceLoss", "normalize_input", 1, TypeError, "ArcFaceLoss: expected normalize_input to be bool, but got 1"),
+    ("ArcFaceLoss", "reduction", None, TypeError, "ArcFaceLoss: expected reduction to be str, but got None"),
+]
+
+
+@pytest.mark.parametrize(("name", "attribute", "value", "error", "text"), BAD)
+def test_a_bad_value_is_refused_and_changes_nothing(name, attribute, value, error, text):
+    loss = _make(name)
+    before, state = repr(loss), copy.deepcopy(loss.state_dict())
+    with pytest.raises(error, match=text):
+        setattr(loss, attribute, value)
+    assert repr(loss) == before
+    assert all(torch.equal(tensor, state[key]) for key, tensor in loss.state_dict().items())
+
+
+NOT_NUMBERS = [torch.tensor(0.3), torch.nn.Parameter(torch.tensor(0.3)), [0.3], "0.3", None, True, torch.zeros(C, 1)]
+
+
+@pytest.mark.parametrize(("name", "number"), [*EACH, ("ArcFaceLoss", "label_smoothing"), ("MarginLoss", "m2")])
+def test_what_is_no_number_is_a_type_error(name, number):
+    """Tensors too: a Parameter would stand in parameters() and never get a gradient."""
+    loss = _make(name)
+    for value in NOT_NUMBERS:
+        with pytest.raises(TypeError, match=f"{name}: expected {number} to be a number"):
+            setattr(loss, number, value)
+        with pytest.raises(TypeError, match=f"expected {number} to be a number"):
+            _make(name, **{number: value})
+    assert set(dict(loss.named_parameters())) <= {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("label_smoothing", 0.1), ("ignore_index", 3), ("reduction", "sum"), ("extension", "none"),
+     ("margin_gradient", "straight_through")],
+)  # fmt: skip
+def test_options_are_live(attribute, value):
+    loss, expected = (
+        _make("ArcFaceLoss", extension="clip"),
+        _make("ArcFaceLoss", **{"extension": "clip", attribute: value}),
+    )
+    setattr(loss, attribute, value)
+    x, y = _batch()
+    assert _equal(_results(loss, x, y), _results(expected, x, y))
+
+
+def test_a_kind_set_later():
+    loss, expected = _make("ElasticFaceLoss"), _make("ElasticFaceLoss", kind="cos")
+    loss.kind = "cos"
+    x, y = _batch()
+    assert _equal(_results(loss, x, y), _results(expected, x, y))
+
+
+def test_a_margin_may_change_before_the_backward_pass():
+    loss, (x, y) = _make("ArcFaceLoss"), _batch()
+    expected = torch.autograd.grad(loss(x, y), loss.weight)
+    value = loss(x, y)
+    loss.margin = 0.1
+    assert _equal(torch.autograd.grad(value, loss.weight), expected)
+
+
+# ---- a margin for each class -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ArcFaceLoss", "CosFaceLoss"])
+def test_a_margin_for_each_class(name):
+    margins = torch.linspace(0.0, 0.6, C)
+    loss = _make(name, margin=margins, reduction="none", ignore_index=-1)
+    x, y = _batch()
+    y[3] = -1
+    values = loss(x, y)
+    for row, label in enumerate(y.tolist()):
+        one = _make(name, margin=margins[label].item() if label >= 0 else 0.0, reduction="none", ignore_index=-1)
+        torch.testing.assert_close(values[row], one(x, y)[row], rtol=1e-14, atol=0)
+    assert values[3] == 0
+    margins.fill_(9.0)  # the loss has its own
+    assert loss.margin.dtype == torch.float64 and loss.margin.max() < 0.7 and "margin=[17]" in repr(loss)
+    assert torch.autograd.gradcheck(
+        lambda x, w: torch.func.functional_call(loss, {"weight": w}, (x, y)), (x, loss.weight)
+    )
+    for bad in (C, -2):
+        y[5] = bad
+        with pytest.raises(IndexError, match=rf"expected target values in \[0, 17\) .*but got {bad} at row 5"):
+            loss(x, y)
+    state, single = loss.state_dict(), _make(name)
+    single.load_state_dict(state)
+    assert torch.equal(single.margin, loss.margin)
+    single.margin = 0.25
+    assert single.margin == 0.25 and single.state_dict()["margin"].shape == ()
+    assert loss.half().margin.dtype == torch.float64
+
+
+def test_a_margin_of_classes_is_added_to_one_of_rows():
+    class Own(torchmargin.ArcFaceLoss):
+        def sample_margins(self, embeddings, labels):
+            return {"sample_m2": embeddings[:, 0].float() * 0 + 0.1}
+
+    margins = torch.linspace(0.0, 0.6, C)
+    (x, y), y_margins = _batch(), torch.linspace(0.1, 0.7, C)
+    torch.manual_seed(1)
+    own = Own(D, C, margin=margins, dtype=torch.float64)
+    torch.testing.assert_close(own(x, y), _make("ArcFaceLoss", margin=y_margins)(x, y), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("margin", "error", "text"),
+    [
+        (torch.zeros(C, requires_grad=True), TypeError, "expected margin not to require grad"),
+        (torch.zeros(C + 1), TypeError, r"a number or a tensor of shape \[17\], but got torch.float32 of shape \[18\]"),
+        (torch.zeros(C, dtype=torch.int64), TypeError, "but got torch.int64"),
+        (torch.full((C,), 28.6), ValueError, "expected margin in radians"),
+        (torch.full((C,), -28.6), ValueError, "expected margin in radians"),
+        (torch.full((C,), math.nan), ValueError, "expected margin in radians"),
+    ],
+)
+def test_a_bad_margin_of_classes(margin, error, text):
+    with pytest.raises(error, match=text):
+        torchmargin.ArcFaceLoss(D, C, margin=margin)
+
+
+# ---- torch.compile, casts, other devices, scripting ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_schedule_neither_recompiles_nor_freezes(name):
+    """All numbers but those that are numbers of the op: scale and m1."""
+    torch.compiler.reset()
+    loss, (x, y) = _make(name), _batch()
+    fixed = {"scale", "m1"} | ({"margin"} if isinstance(loss, torchmargin.losses.AnnealedMarginLoss) else set())
+    scheduled = {number: (getattr(loss, number), last) for number, last in NUMBERS[name].items() if number not in fixed}
+    plain = copy.deepcopy(loss)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for step in range(4):
+        for number, (first, last) in scheduled.items():
+            for module in (loss, plain):
+                setattr(module, number, first + (last - first) * step / 3)
+        torch.manual_seed(step)
+        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+            value = compiled(x, y)
+        torch.manual_seed(step)
+        torch.testing.assert_close(value, plain(x, y), rtol=1e-12, atol=0)
+    assert all(torch.equal(buffer, dict(plain.named_buffers())[key]) for key, buffer in loss.named_buffers())
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_cast_narrows_a_buffer(name):
+    loss = getattr(torchmargin, name)(D, C, **NUMBERS[name])
+    before = {key: (buffer.dtype, buffer.clone()) for key, buffer in loss.named_buffers()}
+    for cast in (torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.float, lambda m: m.to(torch.float16)):
+        cast(torch.nn.Sequential(loss))
+        assert {key: buffer.dtype for key, buffer in loss.named_buffers()} == {k: d for k, (d, _) in before.items()}
+        assert all(torch.equal(buffer, before[key][1]) for key, buffer in loss.named_buffers())
+    loss.double()
+    assert all(buffer.dtype in (torch.float64, torch.int64) for buffer in loss.buffers())
+
+
+def test_statistics_move_in_a_bfloat16_module():
+    """In bfloat16 steps of a hundredth are rounded away: 20.0 stays 20.0."""
+    losses = [torchmargin.AdaFaceLoss(D, C), torchmargin.AdaFaceLoss(D, C).bfloat16()]
+    x = torch.ones(4, D, dtype=torch.bfloat16) * torch.tensor([[5.0], [7.0], [8.0], [9.0]], dtype=torch.bfloat16)
+    for _ in range(100):
+        for loss in losses:
+            loss(x.to(loss.weight.dtype), torch.arange(4))
+    assert losses[1].length_mean == losses[0].length_mean and losses[0].length_mean > 20.2
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_leaving_the_meta_device(name):
+    loss = getattr(torchmargin, name)(D, C, device="meta", **NUMBERS[name])
+    assert all(buffer.is_meta for buffer in loss.buffers())
+    assert {number: getattr(loss, number) for number in NUMBERS[name]} == NUMBERS[name]
+    expected = getattr(torchmargin, name)(D, C, **NUMBERS[name])
+    loss.to_empty(device="cpu")
+    for key, buffer in expected.named_buffers():
+        assert torch.equal(dict(loss.named_buffers())[key], buffer), key
+    loss.load_state_dict(expected.state_dict())
+    x, y = _batch(torch.float32)
+    assert _equal(_results(loss, x, y), _results(expected, x, y))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_resetting_starts_the_state_again(name):
+    loss = getattr(torchmargin, name)(D, C)
+    start = {key: buffer.clone() for key, buffer in loss.named_buffers()}
+    loss(*_batch(torch.float32))
+    loss.reset_parameters()
+    assert all(torch.equal(buffer, start[key]) for key, buffer in loss.named_buffers())
+
+
+class Holder(torch.nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.body = torch.nn.Linear(D, D)
+        self.loss = getattr(torchmargin, name)(D, C)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_model_that_holds_a_loss_can_be_scripted(name):
+    model = Holder(name)
+    scripted = torch.jit.script(model)
+    x = torch.randn(3, D)
+    assert torch.equal(scripted(x), model.body(x))
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.jit.load(buffer)(x), model.body(x))
+    assert type(model.loss) is getattr(torchmargin, name)
+
+
+# ---- 16-bit networks before float32 weights --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_16_bit_body_before_a_float32_head(name, dtype):
+    """Autocast's rule without autocast: widened, and the gradient comes back in 16 bits."""
+    loss = getattr(torchmargin, name)(D, C)
+    y = torch.arange(12) % C
+    narrow = (8 * tf.normalize(torch.randn(12, D))).to(dtype).requires_grad_()
+    wide = narrow.detach().float().requires_grad_()
+    other = copy.deepcopy(loss)
+    assert torch.equal(loss.logits(narrow), other.logits(wide))
+    torch.manual_seed(3)
+    got = loss(narrow, y)
+    torch.manual_seed(3)
+    expected = other(wide, y)
+    assert torch.equal(got, expected) and got.dtype == torch.float32
+    for a, b in zip(
+        torch.autograd.grad(got, (narrow, loss.weight)), torch.autograd.grad(expected, (wide, other.weight))
+    ):
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="to have the dtype of input"):
+        loss.double()(narrow, y)
