@@ -82,7 +82,13 @@ class Network {
   int64_t channels_ = 0, height_ = 0, width_ = 0;
 };
 
-torch::Tensor to_unit(const torch::Tensor& embedding) {
+torch::Tensor to_unit(const torch::Tensor& embedding, const std::string& name) {
+  if (embedding.numel() == 0) {
+    throw std::runtime_error("the embedding of " + name + " has no numbers");
+  }
+  if (!embedding.to(torch::kFloat32).norm().isfinite().item<bool>()) {
+    throw std::runtime_error("the embedding of " + name + " is not finite");
+  }
   return torch::nn::functional::normalize(
       embedding.to(torch::kFloat32), torch::nn::functional::NormalizeFuncOptions().dim(0));
 }
@@ -114,10 +120,10 @@ std::vector<Named> read_embeddings(const Network& network, const std::string& pa
       for (size_t k = 1; k < row.size(); ++k) {
         embedding[static_cast<int64_t>(k) - 1] = to_number(row[k], path);
       }
-      found.push_back({row[0], to_unit(embedding)});
+      found.push_back({row[0], to_unit(embedding, "'" + row[0] + "' in " + path)});
     }
   } else {
-    found.push_back({fs::path(path).filename().string(), to_unit(network.embed(path))});
+    found.push_back({fs::path(path).filename().string(), to_unit(network.embed(path), path)});
   }
   return found;
 }

@@ -47,7 +47,11 @@ Digits read_digits(const std::string& path) {
     for (int64_t k = 0; k < 64; ++k) {
       pixels[i * 64 + k] = to_number(table[i + 1][k], path) / 16.0F - 0.5F;
     }
-    digits.labels[i] = static_cast<int64_t>(to_number(table[i + 1][64], path));
+    const std::string& digit = table[i + 1][64];
+    if (digit.size() != 1 || digit[0] < '0' || digit[0] > '9') {
+      throw std::runtime_error(path + ": '" + digit + "' is not a digit");
+    }
+    digits.labels[i] = digit[0] - '0';
   }
   return digits;
 }

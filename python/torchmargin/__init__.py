@@ -51,3 +51,15 @@ __all__ = [
     "utils",
     "workspace_limit",
 ]
+
+
+def __getattr__(name: str):
+    if name == "evaluation":  # imported at its first use: it needs numpy
+        import importlib
+
+        return importlib.import_module("torchmargin.evaluation")
+    raise AttributeError(f"module 'torchmargin' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "evaluation"]

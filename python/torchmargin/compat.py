@@ -11,6 +11,7 @@ units (pytorch-metric-learning's ArcFace margin is in degrees) and return module
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -124,7 +125,26 @@ def insightface_combined(
     m3: float = 0.0,
     **common: Unpack[CommonOptions],
 ) -> CombinedMarginLoss:
-    """InsightFace's CombinedMarginLoss since 2022-12 (its configurations' `margin_list` is (m1, m2, m3))."""
+    """InsightFace's CombinedMarginLoss since 2022-12 (its configurations' `margin_list` is (m1, m2, m3)).
+
+    It does not combine: m3 > 0 is CosFace's margin m3, whatever m1 and m2 (a UserWarning says so where they are not 1
+    and 0); m1 = 1 and m3 = 0 is ArcFace's m2; anything else raises there in the first step, and here at once. The
+    paper's combination is :class:`torchmargin.CombinedMarginLoss`.
+    """
+    if m3 > 0:
+        if m1 != 1 or m2 != 0:
+            warnings.warn(
+                f"insightface_combined: InsightFace's CombinedMarginLoss ignores m1 and m2 where m3 > 0, so "
+                f"({m1:g}, {m2:g}, {m3:g}) is CosFace with a margin of {m3:g}; the paper's combination is "
+                f"torchmargin.CombinedMarginLoss",
+                stacklevel=2,
+            )
+        m1, m2 = 1.0, 0.0
+    elif m1 != 1 or m3 != 0:
+        raise ValueError(
+            f"insightface_combined: expected m3 > 0, or m1 = 1 and m3 = 0, since InsightFace's CombinedMarginLoss has "
+            f"nothing else, but got ({m1:g}, {m2:g}, {m3:g}); the paper's combination is torchmargin.CombinedMarginLoss"
+        )
     return CombinedMarginLoss(
         in_features,
         num_classes,
@@ -155,17 +175,17 @@ def pml_cosface(
 def pml_sphereface(
     in_features: int, num_classes: int, *, scale: float = 1.0, margin: float = 4.0, **common: Unpack[CommonOptions]
 ) -> SphereFaceLoss:
-    """pytorch-metric-learning's SphereFaceLoss: the whole margin at once, no annealing."""
+    """pytorch-metric-learning's SphereFaceLoss: the whole margin at once, no annealing; 1.5 is cut to 1, as there."""
     return SphereFaceLoss(
-        in_features, num_classes, scale=scale, margin=margin, lambda_base=0.0, lambda_min=0.0, **common
+        in_features, num_classes, scale=scale, margin=int(margin), lambda_base=0.0, lambda_min=0.0, **common
     )
 
 
 def pml_large_margin_softmax(
     in_features: int, num_classes: int, *, scale: float = 1.0, margin: float = 4.0, **common: Unpack[CommonOptions]
 ) -> LargeMarginSoftmaxLoss:
-    """pytorch-metric-learning's LargeMarginSoftmaxLoss."""
-    return LargeMarginSoftmaxLoss(in_features, num_classes, scale=scale, margin=margin, **common)
+    """pytorch-metric-learning's LargeMarginSoftmaxLoss; a margin of 1.5 is cut to 1, as there."""
+    return LargeMarginSoftmaxLoss(in_features, num_classes, scale=scale, margin=int(margin), **common)
 
 
 def pml_normalized_softmax(

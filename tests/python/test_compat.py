@@ -1,10 +1,14 @@
 """Other libraries' numbers: pytorch-metric-learning as installed, InsightFace's steps written out."""
 
+import math
+import warnings
+
 import pytest
 import torch
 from pytorch_metric_learning import losses as pml
 from torch.nn import functional as tf
 
+import torchmargin
 from torchmargin import compat
 
 FEATURES, CLASSES = 8, 17
@@ -16,6 +20,14 @@ PML = {
     ),
     "cosface": (compat.pml_cosface, lambda: pml.CosFaceLoss(CLASSES, FEATURES)),
     "sphereface": (compat.pml_sphereface, lambda: pml.SphereFaceLoss(CLASSES, FEATURES)),
+    "sphereface, a margin of 3.7": (
+        lambda d, c: compat.pml_sphereface(d, c, margin=3.7),
+        lambda: pml.SphereFaceLoss(CLASSES, FEATURES, margin=3.7),
+    ),
+    "large margin softmax, a margin of 2.5": (
+        lambda d, c: compat.pml_large_margin_softmax(d, c, margin=2.5),
+        lambda: pml.LargeMarginSoftmaxLoss(CLASSES, FEATURES, margin=2.5),
+    ),
     "large margin softmax": (compat.pml_large_margin_softmax, lambda: pml.LargeMarginSoftmaxLoss(CLASSES, FEATURES)),
     "normalized softmax": (compat.pml_normalized_softmax, lambda: pml.NormalizedSoftmaxLoss(CLASSES, FEATURES)),
 }
@@ -43,33 +55,48 @@ def test_pytorch_metric_learning(name):
     true = torch.autograd.grad(expected, (x, theirs.W))
     torch.testing.assert_close(got[0], true[0], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(got[1], true[1].T, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours.logits(x), theirs.get_logits(x))
 
 
-def _insightface(x, weight, y, scale, m2, m3):
-    """arcface_torch's partial FC and margins since 2022-12, step by step, on one rank."""
-    logits = tf.linear(tf.normalize(x), tf.normalize(weight)).clamp(-1, 1)
-    rows = torch.arange(len(y))
-    if m2:
+def _insightface(x, weight, y, scale, m1, m2, m3, least=1e-30):
+    """arcface_torch's partial FC on one rank, since 2022-12: the logits and the loss, from the facts.
+
+    Cosines are clamped. m1 = 1 and m3 = 0: the angle of the target plus m2, its cosine without a gradient of its own
+    (the gradient of the cosine passes through). Else m3 > 0: the target's cosine minus m3, and m1, m2 are not looked
+    at. Else an error. A label of -1 has no target. The loss is the mean over all rows of -log(max(p, least)), 0 being
+    the p of a row without a target; its gradient to the logits is written by hand, (softmax - one-hot) / rows, and
+    knows nothing of that bound.
+    """
+    cosine = tf.linear(tf.normalize(x), tf.normalize(weight)).clamp(-1, 1)
+    known = y >= 0
+    target = cosine[known, y[known]]
+    if m1 == 1 and m3 == 0:
         with torch.no_grad():
-            target = logits[rows, y].arccos()
-            logits.arccos_()
-            logits[rows, y] = target + m2
-            logits.cos_()
+            change = (target.arccos() + m2).cos() - target
     else:
-        logits = logits.index_put((rows, y), logits[rows, y] - m3)
-    return tf.cross_entropy(logits * scale, y)
+        assert m3 > 0
+        change = torch.full_like(target, -m3)
+    one_hot = tf.one_hot(y.clamp(min=0), cosine.shape[1]).to(x.dtype) * known[:, None]
+    logits = scale * cosine.index_put((known, y[known]), target + change)
+    p = (logits.detach().softmax(1) * one_hot).sum(1)
+    value = -p.clamp(min=least).log().mean()
+    surrogate = (logits * (logits.detach().softmax(1) - one_hot)).sum() / len(y)
+    return value + surrogate - surrogate.detach()
 
 
 @pytest.mark.parametrize(
-    ("make", "m2", "m3"),
+    ("make", "margins"),
     [
-        (compat.insightface_arcface, 0.5, 0.0),
-        (compat.insightface_cosface, 0.0, 0.4),
-        (compat.insightface_combined, 0.5, 0.0),
-        (lambda d, c: compat.insightface_combined(d, c, m2=0.0, m3=0.4), 0.0, 0.4),
+        (compat.insightface_arcface, (1.0, 0.5, 0.0)),
+        (compat.insightface_cosface, (1.0, 0.0, 0.4)),
+        (compat.insightface_combined, (1.0, 0.5, 0.0)),
+        (lambda d, c: compat.insightface_combined(d, c, m2=0.0, m3=0.4), (1.0, 0.0, 0.4)),
+        (lambda d, c: compat.insightface_combined(d, c, m2=0.3, m3=0.2), (1.0, 0.3, 0.2)),
+        (lambda d, c: compat.insightface_combined(d, c, m1=0.9, m2=0.4, m3=0.15), (0.9, 0.4, 0.15)),
     ],
 )
-def test_insightface(make, m2, m3):
+@pytest.mark.filterwarnings("ignore:insightface_combined. InsightFace's CombinedMarginLoss ignores m1:UserWarning")
+def test_insightface(make, margins):
     shards = [torch.randn(9, FEATURES), torch.randn(8, FEATURES)]
     ours = make(FEATURES, CLASSES)
     ours.load_state_dict(compat.from_insightface(shards))
@@ -78,12 +105,60 @@ def test_insightface(make, m2, m3):
     with torch.no_grad():
         x[0] = -ours.weight[y[0]]  # theta + margin past pi
     weight = torch.cat(shards).double().requires_grad_()
-    expected = _insightface(x, weight, y, 64.0, m2, m3)
+    expected = _insightface(x, weight, y, 64.0, *margins, least=0.0)  # their bound of 69 is not reproduced
     loss = ours(x, y)
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-7)
     got = torch.autograd.grad(loss, (x, ours.weight))
     for ours_grad, true in zip(got, torch.autograd.grad(expected, (x, weight))):
         torch.testing.assert_close(ours_grad, true, rtol=1e-6, atol=1e-7)
+
+
+def test_insightface_combines_nothing():
+    with pytest.warns(UserWarning, match=r"\(1, 0.3, 0.2\) is CosFace with a margin of 0.2; the paper's") as caught:
+        ours = compat.insightface_combined(FEATURES, CLASSES, m1=1.0, m2=0.3, m3=0.2).double()
+    assert len(caught) == 1 and caught[0].filename == __file__
+    cosface = compat.insightface_cosface(FEATURES, CLASSES, margin=0.2).double()
+    cosface.load_state_dict(ours.state_dict(), strict=False)
+    x, y = _batch()
+    torch.testing.assert_close(ours(x, y), cosface(x, y), rtol=1e-14, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is ignored in these
+        compat.insightface_combined(FEATURES, CLASSES)
+        compat.insightface_combined(FEATURES, CLASSES, m2=0.0, m3=0.4)
+
+
+@pytest.mark.parametrize("margins", [(0.9, 0.4, 0.0), (1.35, 0.0, 0.0), (1.0, 0.5, -0.1)])
+def test_what_insightface_raises_at_is_refused(margins):
+    m1, m2, m3 = margins
+    with pytest.raises(ValueError, match=r"expected m3 > 0, or m1 = 1 and m3 = 0, .* but got \(.*\); the paper's"):
+        compat.insightface_combined(FEATURES, CLASSES, m1=m1, m2=m2, m3=m3)
+
+
+def test_rows_without_a_class_in_insightface():
+    """docs/migrating.md: ignore_index leaves them out; their partial FC pushes them away from every class."""
+    x, y = _batch()
+    unknown = torch.tensor([1, 5, 6])
+    y[unknown] = -1
+    ours = compat.insightface_arcface(FEATURES, CLASSES, scale=16.0, ignore_index=-1).double()
+    theirs = _insightface(x, ours.weight, y, 16.0, 1.0, 0.5, 0.0)
+    known = y >= 0
+    kept = _insightface(x[known], ours.weight, y[known], 16.0, 1.0, 0.5, 0.0)
+    torch.testing.assert_close(ours(x, y), kept, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(theirs, (kept * 9 - 3 * math.log(1e-30)) / 12, rtol=1e-12, atol=0)
+    assert -math.log(1e-30) == pytest.approx(69.08, abs=5e-3)
+
+    # The recipe of docs/migrating.md.
+    other_lse, target_logit, *_ = torchmargin.functional.linear_margin_lse(
+        x, ours.weight, y, scale=16.0, m2=0.5, margin_gradient="straight_through"
+    )
+    rows = torch.where(y < 0, other_lse, torch.logaddexp(torch.zeros_like(other_lse), other_lse - target_logit))
+    got = torch.autograd.grad(rows.mean(), (x, ours.weight))
+    for ours_grad, true in zip(got, torch.autograd.grad(theirs, (x, ours.weight))):
+        assert true.abs().max() > 0.1
+        torch.testing.assert_close(ours_grad, true, rtol=1e-6, atol=1e-7)
+    # It pushes: a step against the gradient lowers the row's largest logits.
+    stepped = ours.logits(x.detach() - 1e-3 * got[0])[unknown].logsumexp(1)
+    assert (stepped < ours.logits(x)[unknown].logsumexp(1)).all()
 
 
 def test_insightface_shards_in_all_their_forms():

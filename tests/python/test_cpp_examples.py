@@ -61,12 +61,70 @@ def test_every_loss_trains_on_digits(examples, tmp_path, loss):
         (["--data", ROOT / "README.md"], "columns"),
         (["--epochs", "many"], "--epochs wants a number, but got 'many'"),
         (["--epoch", "3"], "there is no option --epoch"),
+        (["--epochs", "nan"], "--epochs wants a number, but got 'nan'"),
         (["--seed"], "--seed wants a value"),
+        (["--data", "nan.csv"], "nan.csv: 'nan' is not a finite number"),
+        (["--data", "inf.csv"], "inf.csv: '-inf' is not a finite number"),
+        (["--data", "large.csv"], "large.csv: '1e39' is not a finite number"),
+        (["--data", "label.csv"], "label.csv: '2.5' is not a digit"),
     ],
 )
 def test_training_refuses_bad_arguments(examples, tmp_path, arguments, text):
+    header, *rows = DATA.read_text().splitlines()
+    unseen = next(row for row in rows if row.endswith(",7"))
+    pixels = unseen.split(",")[1:-1]
+    rows.remove(unseen)
+    for name, row in {
+        "nan.csv": ["nan", *pixels, "7"],
+        "inf.csv": ["-inf", *pixels, "7"],
+        "large.csv": ["1e39", *pixels, "7"],
+        "label.csv": ["0", *pixels, "2.5"],
+    }.items():
+        (tmp_path / name).write_text("\n".join([header, ",".join(row), *rows]))
     status, output = _run(examples / "train_digits", "--data", DATA, *arguments, cwd=tmp_path)
     assert status == 1 and "train_digits: " in output and text in output, output
+
+
+VERIFY = """
+#include "common/verification.h"
+#include <iostream>
+int main() {
+  const auto labels = torch::tensor({0, 0, 1, 1});
+  const auto rows = torch::eye(4);
+  auto broken = rows.clone();
+  broken[1][0] = NAN;
+  broken[3][2] = -INFINITY;
+  const std::pair<torch::Tensor, torch::Tensor> calls[] = {
+      {broken, labels}, {rows, labels.slice(0, 1)}, {rows[0], labels}, {rows, torch::zeros(4)}};
+  for (const auto& [embeddings, own] : calls) {
+    try {
+      verify_pairs(embeddings, own);
+    } catch (const c10::Error& error) {
+      std::cout << error.what_without_backtrace() << std::endl;
+    }
+  }
+}
+"""
+
+
+def test_verification_refuses_what_has_no_cosine(tmp_path):
+    """Such as the embeddings of a network that has diverged."""
+    (tmp_path / "check.cpp").write_text(VERIFY)
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(check CXX)\nfind_package(TorchMargin CONFIG REQUIRED)\n"
+        "add_executable(check check.cpp)\ntarget_link_libraries(check TorchMargin::TorchMargin)\n"
+        f'target_include_directories(check PRIVATE "{ROOT / "examples/cpp"}")\n'
+    )
+    prefix = f"-DCMAKE_PREFIX_PATH={torchmargin.utils.cmake_prefix_path}"
+    for command in (["-S", tmp_path, "-B", tmp_path / "build", prefix], ["--build", tmp_path / "build"]):
+        status, text = _run("cmake", *command)
+        assert status == 0, text
+    assert _run(tmp_path / "build/check")[1].splitlines() == [
+        "verification wants finite embeddings, but 2 of 4 rows hold NaN or infinity; the first is row 1",
+        "verification wants embeddings [N, D] and labels [N], but got [4, 4] and [3]",
+        "verification wants embeddings [N, D] and labels [N], but got [4] and [4]",
+        "verification needs pairs of one class and of two",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +203,13 @@ def test_the_embedder_reads_every_kind_of_pnm(examples, model, tmp_path):
         (["verify", "-", "two.csv", "two.csv"], "verify compares single embeddings, but two.csv holds 2"),
         (["verify", "-", "one.csv", "other.csv"], "a has 2 features, b 3"),
         (["verify", "-", "one.csv", "word.csv"], "word.csv: 'x' is not a number"),
+        (["verify", "-", "one.csv", "one.csv", "--threshold", "nan"], "--threshold wants a number, but got 'nan'"),
+        (["verify", "-", "one.csv", "nan.csv"], "nan.csv: 'nan' is not a finite number"),
+        (["verify", "-", "one.csv", "long.csv"], "the embedding of 'b' in long.csv is not finite"),
+        (["verify", "-", "bare.csv", "bare.csv"], "the embedding of 'b' in bare.csv has no numbers"),
+        (["identify", "-", "one.csv", "--gallery", "nan.csv"], "nan.csv: 'nan' is not a finite number"),
+        (["identify", "-", "inf.csv", "--gallery", "one.csv"], "inf.csv: 'inf' is not a finite number"),
+        (["enroll", "-", "nan.csv", "--output", "all.csv"], "nan.csv: 'nan' is not a finite number"),
         (["identify", "-", "one.csv"], "identify wants MODEL PROBE... --gallery"),
         (["identify", "-", "one.csv", "--gallery", "one.csv", "--top", "0"], "--top wants at least 1"),
         (["identify", "-", "one.csv", "--gallery", "ragged.csv"], "ragged.csv: row 2 has 2 columns, the first has 3"),
@@ -162,6 +227,10 @@ def test_the_embedder_refuses_what_it_cannot_use(examples, model, tmp_path, argu
         "other.csv": "b,1,2,3\n",
         "word.csv": "b,1,x\n",
         "ragged.csv": "a,1,2\nb,1\n",
+        "nan.csv": "b,1,nan\n",
+        "inf.csv": "b,inf,1\n",
+        "long.csv": "b,3e38,3e38\n",
+        "bare.csv": "b\n",
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content)

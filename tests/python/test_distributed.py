@@ -1,5 +1,8 @@
-"""A network with its loss module under DistributedDataParallel, two gloo ranks on this machine."""
+"""A network with its loss module under DistributedDataParallel and FSDP2, two gloo ranks on this machine."""
 
+import time
+
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -39,6 +42,19 @@ def _gradients(model, x, y):
     return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
 
 
+def _spawn(function, folder, seconds=300):
+    """Two ranks; one that hangs is a failure, not a test that never ends."""
+    context = mp.spawn(function, args=(str(folder),), nprocs=2, join=False)
+    end = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < end, f"the ranks have not ended after {seconds} s"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+
+
 def _rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
@@ -52,7 +68,7 @@ def _rank(rank, folder):
 
 
 def test_two_ranks_give_one_processs_gradients(tmp_path):
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2, join=True)
+    _spawn(_rank, tmp_path)
     for name, make_loss in LOSSES.items():
         expected = _gradients(Model(make_loss), *_batch())
         ranks = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2)]
@@ -61,3 +77,45 @@ def test_two_ranks_give_one_processs_gradients(tmp_path):
             assert torch.equal(ranks[0][key], ranks[1][key])
             # The mean over halves of eight rows, and over sixteen: the same up to the order of a sum.
             torch.testing.assert_close(ranks[0][key], gradient, rtol=1e-11, atol=1e-13)
+
+
+def _fsdp_rank(rank, folder):
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        x, y = _batch()
+        mine = slice(8 * rank, 8 * rank + 8)
+        for name, make_loss in LOSSES.items():
+            model = Model(make_loss)
+            for part in (model.network, model.loss, model):
+                fully_shard(part, mesh=mesh)
+            gradients = {key: grad.full_tensor() for key, grad in _gradients(model, x[mine], y[mine]).items()}
+            with torch.no_grad():
+                embeddings = model.network(x[mine])
+                with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):  # FSDP2 does not know logits
+                    model.loss.logits(embeddings)
+                register_fsdp_forward_method(model.loss, "logits")
+                logits = model.loss.logits(embeddings)
+            torch.save((gradients, logits), f"{folder}/{name}-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_fsdp2_shards_the_class_weights(tmp_path):
+    """docs/losses.md: the gradients of one process, and logits outside forward once their name is registered."""
+    pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
+    if not hasattr(torch.distributed.fsdp, "register_fsdp_forward_method"):
+        pytest.skip("this torch has no FSDP2")
+    _spawn(_fsdp_rank, tmp_path)
+    for name, make_loss in LOSSES.items():
+        model = Model(make_loss)
+        x, y = _batch()
+        expected = _gradients(model, x, y)
+        ranks = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2)]
+        for key, gradient in expected.items():
+            assert torch.equal(ranks[0][0][key], ranks[1][0][key])
+            torch.testing.assert_close(ranks[0][0][key], gradient, rtol=1e-11, atol=1e-13)
+        logits = torch.cat([rank[1] for rank in ranks])
+        torch.testing.assert_close(logits, model.loss.logits(model.network(x)).detach(), rtol=1e-11, atol=1e-13)

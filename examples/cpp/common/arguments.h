@@ -1,6 +1,7 @@
 // Command lines: positional words and --name value options.
 #pragma once
 
+#include <cmath>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -39,7 +40,7 @@ struct Arguments {
       value = std::stod(options.at(name), &read);
     } catch (const std::exception&) {
     }
-    if (read == 0 || read != options.at(name).size()) {
+    if (read == 0 || read != options.at(name).size() || !std::isfinite(value)) {
       throw std::invalid_argument("--" + name + " wants a number, but got '" + options.at(name) + "'");
     }
     return value;

@@ -1,7 +1,9 @@
 // Tables of comma-separated values.
 #pragma once
 
+#include <cmath>
 #include <fstream>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -41,15 +43,19 @@ inline Table read_csv(const std::string& path) {
   return table;
 }
 
+// A finite number; NaN, infinity and what a float cannot hold are errors.
 inline float to_number(const std::string& cell, const std::string& path) {
   size_t read = 0;
-  float value = 0.0F;
+  double value = 0.0;
   try {
-    value = std::stof(cell, &read);
+    value = std::stod(cell, &read);
   } catch (const std::exception&) {
   }
   if (read == 0 || read != cell.size()) {
     throw std::runtime_error(path + ": '" + cell + "' is not a number");
   }
-  return value;
+  if (!(std::abs(value) <= static_cast<double>(std::numeric_limits<float>::max()))) {
+    throw std::runtime_error(path + ": '" + cell + "' is not a finite number");
+  }
+  return static_cast<float>(value);
 }

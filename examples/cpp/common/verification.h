@@ -20,7 +20,15 @@ struct Verification {
 
 // All pairs of rows of embeddings [N, D] with labels [N]; brought to unit length here.
 inline Verification verify_pairs(const torch::Tensor& embeddings, const torch::Tensor& labels, double far = 0.01) {
-  const torch::Tensor unit = torch::nn::functional::normalize(embeddings.cpu().to(torch::kFloat64));
+  TORCH_CHECK(
+      embeddings.dim() == 2 && labels.dim() == 1 && embeddings.size(0) == labels.size(0),
+      "verification wants embeddings [N, D] and labels [N], but got ", embeddings.sizes(), " and ", labels.sizes());
+  const torch::Tensor wide = embeddings.cpu().to(torch::kFloat64);
+  const torch::Tensor broken = wide.isfinite().all(1).logical_not().nonzero();
+  TORCH_CHECK(
+      broken.size(0) == 0, "verification wants finite embeddings, but ", broken.size(0), " of ", wide.size(0),
+      " rows hold NaN or infinity; the first is row ", broken[0].item<int64_t>());
+  const torch::Tensor unit = torch::nn::functional::normalize(wide);
   const int64_t count = unit.size(0);
   const torch::Tensor pairs = torch::triu_indices(count, count, 1);
   const torch::Tensor cosine = unit.matmul(unit.t()).index({pairs[0], pairs[1]});

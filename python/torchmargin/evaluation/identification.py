@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchmargin.evaluation.pairs import check_embeddings, unit
+from torchmargin.evaluation.checks import check_count, check_embeddings, check_labels, check_rates, unit
 
 __all__ = ["Identification", "identify", "top_k"]
 
@@ -21,13 +21,7 @@ class Identification(NamedTuple):
     unmated: int  # probes whose class is not
 
 
-@torch.no_grad()
-def top_k(probes: Tensor, gallery: Tensor, k: int, *, block: int = 4096) -> tuple[Tensor, Tensor]:
-    """The k most similar entries of `gallery` [G, D] for each of `probes` [P, D].
-
-    Returns cosines and gallery indices, [P, k] each, best first. No more than `block` x `block`
-    similarities are held at a time.
-    """
+def _check_sides(probes: Tensor, gallery: Tensor) -> None:
     check_embeddings("probes", probes)
     check_embeddings("gallery", gallery)
     if probes.shape[1] != gallery.shape[1]:
@@ -35,11 +29,29 @@ def top_k(probes: Tensor, gallery: Tensor, k: int, *, block: int = 4096) -> tupl
             f"expected probes and gallery to have one number of features, but got {probes.shape[1]} "
             f"and {gallery.shape[1]}"
         )
-    if not 1 <= k <= len(gallery):
-        raise ValueError(f"expected k between 1 and the size of the gallery, {len(gallery)}, but got {k}")
-    entries = unit(gallery)
+    if probes.device != gallery.device:
+        raise ValueError(
+            f"expected probes and gallery to be on one device, but got {probes.device} and {gallery.device}"
+        )
+    if len(gallery) == 0:
+        raise ValueError("expected gallery to have entries, but it is empty")
+
+
+@torch.no_grad()
+def top_k(probes: Tensor, gallery: Tensor, k: int, *, block: int = 4096) -> tuple[Tensor, Tensor]:
+    """The k most similar entries of `gallery` [G, D] for each of `probes` [P, D].
+
+    Returns cosines and gallery indices, [P, k] each, best first. No more than `block` x `block`
+    similarities are held at a time. float64 if either is float64, else float32.
+    """
+    _check_sides(probes, gallery)
+    k = check_count("k", k, len(gallery), "gallery")
+    block = check_count("block", block)
+    faces, entries = unit("probes", probes), unit("gallery", gallery)
+    dtype = torch.promote_types(faces.dtype, entries.dtype)
+    faces, entries = faces.to(dtype), entries.to(dtype)
     cosines, indices = [], []
-    for part in unit(probes).split(block):
+    for part in faces.split(block):
         best = part.new_empty(len(part), 0)
         place = torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
         for start in range(0, len(entries), block):
@@ -73,24 +85,25 @@ def identify(
     probes (by their best cosine), and tpir is the share of the mated probes whose best entry is of their class
     and above it.
     """
-    for name, labels, rows in (("probe_labels", probe_labels, probes), ("gallery_labels", gallery_labels, gallery)):
-        if labels.dim() != 1 or len(labels) != len(rows):
-            raise ValueError(f"expected {name} to have shape [{len(rows)}], but got {list(labels.shape)}")
-    for rate in fpir:
-        if not 0 <= rate <= 1:
-            raise ValueError(f"expected false positive rates in [0, 1], but got {rate}")
-    if not ranks or min(ranks) < 1:
-        raise ValueError(f"expected ranks of at least 1, but got {list(ranks)}")
-    cosines, indices = top_k(probes, gallery, min(max(ranks), len(gallery)), block=block)
+    _check_sides(probes, gallery)
+    probe_labels = check_labels("probe_labels", probe_labels, len(probes)).to(probes.device)
+    gallery_labels = check_labels("gallery_labels", gallery_labels, len(gallery)).to(probes.device)
+    rates = check_rates("fpir", fpir)
+    if not isinstance(ranks, Sequence) or not ranks:
+        raise ValueError(f"expected ranks to be a sequence of whole numbers such as (1, 5), but got {ranks!r}")
+    ranks = [check_count("ranks", rank) for rank in ranks]
     mated = torch.isin(probe_labels, gallery_labels)
     if not mated.any():
-        raise ValueError("expected some probes whose class is in the gallery, but there are none")
+        raise ValueError(
+            f"expected some probes whose class is in the gallery, but none of the {len(probes)} probes is such"
+        )
+    cosines, indices = top_k(probes, gallery, min(max(ranks), len(gallery)), block=block)
     right = gallery_labels[indices] == probe_labels[:, None]
     closed = {k: right[mated, :k].any(1).double().mean().item() for k in ranks}
 
     impostors = cosines[~mated, 0].sort(descending=True).values
     thresholds, found = {}, {}
-    for rate in fpir if len(impostors) else ():
+    for rate in rates if len(impostors) else ():
         allowed = int(rate * len(impostors) + 1e-9)  # this many unmated probes may be accepted
         threshold = impostors[allowed].item() if allowed < len(impostors) else -float("inf")
         thresholds[rate] = threshold

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Pair", "all_pairs", "check_embeddings", "pair_scores", "read_lfw_pairs", "read_pairs"]
+from torchmargin.evaluation.checks import check_count, check_embeddings, check_labels, check_places, unit
+
+__all__ = ["Pair", "all_pairs", "pair_scores", "read_lfw_pairs", "read_pairs"]
 
 
 class Pair(NamedTuple):
@@ -19,25 +21,12 @@ class Pair(NamedTuple):
     same: bool  # one class?
 
 
-def check_embeddings(name: str, embeddings: Tensor) -> None:
-    if embeddings.dim() != 2 or not embeddings.is_floating_point():
-        raise ValueError(
-            f"expected {name} to be a floating-point tensor of shape [N, D], but got {embeddings.dtype} "
-            f"of shape {list(embeddings.shape)}"
-        )
-
-
-def unit(embeddings: Tensor) -> Tensor:
-    """Rows of unit length in float32 or better; a zero row stays zero."""
-    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    return torch.nn.functional.normalize(wide, dim=1)
-
-
 def all_pairs(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Every pair of different rows once: indices of the first and of the second, and whether their labels agree.
 
-    N (N - 1) / 2 of each for labels [N]; meant for some thousand rows.
+    N (N - 1) / 2 of each for labels [N] of an integer dtype; meant for some thousand rows.
     """
+    labels = check_labels("labels", labels)
     first, second = torch.triu_indices(len(labels), len(labels), offset=1, device=labels.device)
     return first, second, labels[first] == labels[second]
 
@@ -49,12 +38,12 @@ def pair_scores(embeddings: Tensor, first: Tensor, second: Tensor, *, block: int
     float64 for float64 embeddings, else float32. `block` pairs are gathered at a time.
     """
     check_embeddings("embeddings", embeddings)
-    if first.shape != second.shape or first.dim() != 1:
-        raise ValueError(
-            f"expected first and second to be index vectors of one length, but got shapes {list(first.shape)} "
-            f"and {list(second.shape)}"
-        )
-    rows = unit(embeddings)
+    block = check_count("block", block)
+    rows = unit("embeddings", embeddings)
+    first = check_places("first", first, len(rows)).to(rows.device)
+    second = check_places("second", second, len(rows)).to(rows.device)
+    if len(first) != len(second):
+        raise ValueError(f"expected first and second to have one length, but got {len(first)} and {len(second)}")
     parts = [(rows[a] * rows[b]).sum(1) for a, b in zip(first.split(block), second.split(block))]
     return torch.cat(parts) if parts else rows.new_empty(0)
 
@@ -62,14 +51,15 @@ def pair_scores(embeddings: Tensor, first: Tensor, second: Tensor, *, block: int
 def read_lfw_pairs(path: str | Path, *, suffix: str = ".jpg") -> list[Pair]:
     """LFW's pairs.txt: lines `name i j` (one person) and `name i other j`, after a line of counts.
 
-    The paths are LFW's own, `name/name_0001.jpg`. The order is kept: :func:`kfold_accuracy` needs it.
+    The paths are LFW's own, `name/name_0001.jpg`. The order is kept: :func:`kfold_accuracy` needs it. A line with tabs
+    is split at its tabs alone, so that names may have blanks.
     """
 
     def image(name: str, number: str) -> str:
         return f"{name}/{name}_{int(number):04d}{suffix}"
 
     pairs = []
-    for number, fields in _lines(path):
+    for number, line, fields in _lines(path):
         if number == 1 and len(fields) <= 2 and all(field.isdigit() for field in fields):
             continue
         try:
@@ -82,30 +72,38 @@ def read_lfw_pairs(path: str | Path, *, suffix: str = ".jpg") -> list[Pair]:
             else:
                 raise ValueError
         except ValueError:
-            raise ValueError(
-                f"{path}:{number}: expected 'name i j' or 'name i other j', but got {' '.join(fields)!r}"
-            ) from None
+            raise ValueError(f"{path}:{number}: expected 'name i j' or 'name i other j', but got {line!r}") from None
     return pairs
+
+
+# SITW's keys have tgt and imp, NIST's and Kaldi's lists target and nontarget.
+_LABELS = {"1": True, "true": True, "target": True, "tgt": True}
+_LABELS |= {"0": False, "false": False, "nontarget": False, "imp": False}
 
 
 def read_pairs(path: str | Path, *, label_first: bool = False) -> list[Pair]:
     """A list with a pair a line: `first second label`, or `label first second` as VoxCeleb has it.
 
-    The label is 1 for one class, 0 for two; fields are separated by blanks.
+    The label is 1, true, target or tgt for one class, 0, false, nontarget or imp for two, in capitals or not. Fields
+    are separated by blanks, or by tabs alone in a line that has tabs.
     """
     pairs = []
-    for number, fields in _lines(path):
-        label = fields[0] if label_first else fields[-1]
-        if len(fields) != 3 or label not in ("0", "1"):
+    for number, line, fields in _lines(path):
+        label = _LABELS.get((fields[0] if label_first else fields[-1]).lower())
+        if len(fields) != 3 or label is None:
             order = "label first second" if label_first else "first second label"
-            raise ValueError(f"{path}:{number}: expected '{order}' with label 0 or 1, but got {' '.join(fields)!r}")
+            raise ValueError(
+                f"{path}:{number}: expected '{order}' with one of the labels {', '.join(_LABELS)}, but got {line!r}"
+            )
         first, second = fields[1:] if label_first else fields[:2]
-        pairs.append(Pair(first, second, label == "1"))
+        pairs.append(Pair(first, second, label))
     return pairs
 
 
 def _lines(path: str | Path):
-    """(line number, fields) of every line that is not empty."""
+    """(line number, line, fields) of every line that is not empty. Names may have blanks in a line with tabs."""
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            yield number, line.split()
+        line = line.strip()
+        fields = line.split("\t") if "\t" in line else line.split()
+        if line:
+            yield number, line, [field.strip() for field in fields if field.strip()]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from torchmargin.evaluation.checks import check_count, check_rates
 
 __all__ = ["KFoldAccuracy", "Roc", "Verification", "kfold_accuracy", "roc", "verify"]
 
@@ -35,54 +36,77 @@ class KFoldAccuracy(NamedTuple):
     threshold: list[float]
 
 
+def _numbers(name: str, values: Tensor | np.ndarray) -> np.ndarray:
+    values = values.detach().cpu() if isinstance(values, Tensor) else np.asarray(values)
+    kind = "c" if isinstance(values, Tensor) and values.is_complex() else getattr(values.dtype, "kind", "f")
+    if kind not in "biuf" or values.ndim != 1:
+        raise ValueError(
+            f"expected {name} to be a vector of numbers, but got {values.dtype} of shape {list(values.shape)}"
+        )
+    return values.double().numpy() if isinstance(values, Tensor) else values.astype(np.float64)
+
+
 def _check(scores: Tensor | np.ndarray, same: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both as vectors [P]: float64 scores, bool same."""
-    scores = scores.detach().double().cpu().numpy() if isinstance(scores, Tensor) else np.asarray(scores, np.float64)
-    same = same.detach().cpu().numpy() if isinstance(same, Tensor) else np.asarray(same)
-    same = same.astype(bool)
-    if scores.ndim != 1 or scores.shape != same.shape:
+    scores, same = _numbers("scores", scores), _numbers("same", same)
+    if len(scores) != len(same):
+        raise ValueError(f"expected scores and same to have one length, but got {len(scores)} and {len(same)}")
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
         raise ValueError(
-            f"expected scores and same to be vectors of one length, but got shapes {list(scores.shape)} "
-            f"and {list(same.shape)}"
+            f"expected scores to be finite, but {len(bad)} of {len(scores)} are NaN or infinite; the first is "
+            f"scores[{bad[0]}] = {scores[bad[0]]}"
         )
-    if np.isnan(scores).any():
-        raise ValueError(f"expected scores to be numbers, but {int(np.isnan(scores).sum())} of them are NaN")
+    bad = np.flatnonzero(~np.isin(same, (-1, 0, 1)))
+    if len(bad):
+        raise ValueError(
+            f"expected same to hold booleans, 0 and 1, or -1 and 1, but {len(bad)} of {len(same)} are something "
+            f"else; the first is same[{bad[0]}] = {same[bad[0]]:g}"
+        )
+    if {-1, 0} <= set(same):
+        raise ValueError("expected same to hold either 0 or -1 for pairs of two classes, but got both")
+    same = same == 1
     if same.all() or not same.any():
         raise ValueError(f"expected pairs of one class and of two, but all {len(same)} pairs are alike")
     return scores, same
 
 
 def roc(scores: Tensor | np.ndarray, same: Tensor | np.ndarray) -> Roc:
-    """The ROC curve of `scores` [P] (larger: more alike) for `same` [P], with every distinct score as a threshold."""
+    """The ROC curve of `scores` [P] (larger: more alike) for `same` [P], with every distinct score as a threshold.
+
+    `same` is bool, or 1 for one class and 0, or else -1, for two: so everywhere here.
+    """
+    return _curve(*_check(scores, same))
+
+
+def _curve(scores: np.ndarray, same: np.ndarray) -> Roc:
     from sklearn.metrics import roc_curve
 
-    scores, same = _check(scores, same)
     return Roc(*roc_curve(same, scores, drop_intermediate=False))
 
 
 def verify(
     scores: Tensor | np.ndarray, same: Tensor | np.ndarray, *, far: Sequence[float] = (1e-2, 1e-3, 1e-4)
 ) -> Verification:
-    """AUC, equal error rate and true accept rates of `scores` [P] for `same` [P] bool.
+    """AUC, equal error rate and true accept rates of `scores` [P] for `same` [P], as :func:`roc` takes them.
 
     A false accept rate below 1 / (pairs of two classes) can only be had with no false accept at all.
     """
     from sklearn.metrics import auc
 
-    for rate in far:
-        if not 0 <= rate <= 1:
-            raise ValueError(f"expected false accept rates in [0, 1], but got {rate}")
-    curve = roc(scores, same)
+    rates = check_rates("far", far)
+    scores, same = _check(scores, same)
+    curve = _curve(scores, same)
     refused = 1 - curve.true_accept_rate
     # false accepts - false refusals rises along the curve, from -1 to 1.
     eer = np.interp(0.0, curve.false_accept_rate - refused, curve.false_accept_rate)
-    allowed = {rate: curve.true_accept_rate[curve.false_accept_rate <= rate] for rate in far}
+    allowed = {rate: curve.true_accept_rate[curve.false_accept_rate <= rate] for rate in rates}
     return Verification(
         auc=float(auc(curve.false_accept_rate, curve.true_accept_rate)),
         eer=float(eer),
-        tar={rate: float(rates.max()) for rate, rates in allowed.items()},
+        tar={rate: float(accepted.max()) for rate, accepted in allowed.items()},
         pairs=len(same),
-        same_pairs=int(torch.as_tensor(same).bool().sum()),
+        same_pairs=int(same.sum()),
     )
 
 
@@ -111,8 +135,7 @@ def kfold_accuracy(scores: Tensor | np.ndarray, same: Tensor | np.ndarray, *, fo
     from sklearn.model_selection import KFold
 
     scores, same = _check(scores, same)
-    if not 2 <= folds <= len(scores):
-        raise ValueError(f"expected folds between 2 and the number of pairs, {len(scores)}, but got {folds}")
+    folds = check_count("folds", folds, len(scores), "list of pairs", smallest=2)
     accuracies, thresholds = [], []
     for others, fold in KFold(folds).split(scores):
         threshold = _best_threshold(scores[others], same[others])
