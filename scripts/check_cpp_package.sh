@@ -10,21 +10,23 @@ WORK="${2:-build/cpp package}" # with a space, which paths may have
 mkdir -p "$WORK"
 WORK=$(realpath "$WORK")
 BUILD="$WORK build" # beside the other builds of this tree: ccache then knows its files
-rm -rf "$WORK/bin" "$WORK/libtorch" "$WORK/prefix" "$WORK/moved" "$WORK/programs" "$WORK/examples" "$WORK/wrong"
+rm -rf "$BUILD" "$WORK/libtorch" "$WORK/prefix" "$WORK/moved" "$WORK/programs" "$WORK/examples" "$WORK/wrong"
 
 # LibTorch's own files, and a PATH without any Python.
-mkdir -p "$WORK/libtorch/torch" "$WORK/bin"
+mkdir -p "$WORK/libtorch/torch"
+BIN=$(mktemp -d) # without a space: make cannot be run from a path with one
+trap 'rm -rf "$BIN"' EXIT
 for part in lib include share; do ln -s "$LIBTORCH/$part" "$WORK/libtorch/torch/$part"; done
 [ -d "$LIBTORCH/../nvidia" ] && ln -s "$(realpath "$LIBTORCH/../nvidia")" "$WORK/libtorch/nvidia"
 for folder in /usr/local/sbin /usr/local/bin /usr/sbin /usr/bin /sbin /bin; do
   for program in "$folder"/*; do
     case "$(basename "$program")" in
       python* | pip* | ninja) ;;
-      *) ln -sf "$program" "$WORK/bin/" ;;
+      *) ln -sf "$program" "$BIN/" ;;
     esac
   done
 done
-export PATH="$WORK/bin"
+export PATH="$BIN"
 unset PYTHONPATH VIRTUAL_ENV
 command -v python3 && { echo "there still is a Python"; exit 1; }
 
