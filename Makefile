@@ -7,6 +7,7 @@ VENV := .venv/torch-$(TORCH)
 BUILD := build/torch-$(TORCH)
 BIN := "$(CURDIR)/$(VENV)/bin"
 TORCHES := $(patsubst requirements/torch-%.txt,%,$(wildcard requirements/torch-*.txt))
+JOBS := $(if $(MAX_JOBS),-j $(MAX_JOBS))
 WITH_TOOLS := PATH=$(BIN):"$$PATH"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -44,7 +45,7 @@ test: test-cpp test-python ## all tests, C++ and Python
 test-cpp: install ## the C++ tests
 	@echo "== the C++ tests: about four minutes to compile the first time on two cores"
 	$(WITH_TOOLS) cmake -S . -B "$(BUILD)" -DTORCHMARGIN_BUILD_TESTS=ON
-	$(WITH_TOOLS) cmake --build "$(BUILD)"
+	$(WITH_TOOLS) cmake --build "$(BUILD)" $(JOBS)
 	ctest --test-dir "$(BUILD)" --output-on-failure
 
 test-python: install ## the Python tests
@@ -56,7 +57,7 @@ CMAKE_SANITIZED = $(WITH_TOOLS) cmake -G Ninja -S . -DTORCHMARGIN_WERROR=ON -DTO
   -DTORCHMARGIN_TORCH_DIR="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["platlib"])')/torch"
 test-asan-cpp: setup ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CMAKE_SANITIZED) -B "$(SANITIZED)" -DTORCHMARGIN_SANITIZE=address,undefined
-	$(WITH_TOOLS) cmake --build "$(SANITIZED)"
+	$(WITH_TOOLS) cmake --build "$(SANITIZED)" $(JOBS)
 	ctest --test-dir "$(SANITIZED)" --output-on-failure
 
 test-asan: test-asan-cpp install ## the same, and the Python tests with that library
@@ -68,7 +69,7 @@ test-asan: test-asan-cpp install ## the same, and the Python tests with that lib
 TSAN := build/torch-$(TORCH)-tsan
 test-tsan: setup ## the kernels under ThreadSanitizer
 	$(CMAKE_SANITIZED) -B "$(TSAN)" -DTORCHMARGIN_SANITIZE=thread
-	$(WITH_TOOLS) cmake --build "$(TSAN)" --target torchmargin_thread_tests torchmargin_device_on_host_tests
+	$(WITH_TOOLS) cmake --build "$(TSAN)" $(JOBS) --target torchmargin_thread_tests torchmargin_device_on_host_tests
 	"$(TSAN)/tests/cpp/torchmargin_thread_tests"
 	"$(TSAN)/tests/cpp/torchmargin_device_on_host_tests" --gtest_filter='*/1.*'
 
