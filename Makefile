@@ -1,72 +1,91 @@
-# The two commands: `make demo` trains and verifies on real digits, `make test` runs all tests.
-# Both make their own virtual environment, one per torch version, and build what they need.
-#   TORCH=2.15 chooses another of requirements/torch-*.txt; QUICK=1 shortens the demo.
+# `make demo` trains and verifies on real digits, `make test` runs all tests; `make help` lists the rest.
+# They make their own virtual environment, one per torch version, and build what they need.
+# NB: the clone's path may hold spaces, and a target may not: targets are relative, recipes quote.
 TORCH ?= 2.11
 PYTHON ?= python3
 VENV := .venv/torch-$(TORCH)
-BUILD := $(CURDIR)/build/torch-$(TORCH)
-BIN := $(CURDIR)/$(VENV)/bin
+BUILD := build/torch-$(TORCH)
+BIN := "$(CURDIR)/$(VENV)/bin"
+TORCHES := $(patsubst requirements/torch-%.txt,%,$(wildcard requirements/torch-*.txt))
+JOBS := $(if $(MAX_JOBS),-j $(MAX_JOBS))
+WITH_TOOLS := PATH=$(BIN):"$$PATH"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: all setup install test test-cpp test-python test-asan test-asan-cpp test-tsan mutants demo bench lint format clean
+ifeq ($(filter $(TORCH),$(TORCHES)),)
+  $(error there is no requirements/torch-$(TORCH).txt; TORCH may be one of: $(TORCHES))
+endif
+
+.PHONY: all help setup install test test-cpp test-python test-asan test-asan-cpp test-tsan mutants demo bench lint format clean
 all: install
 
+help: ## this list
+	@echo "make [TARGET] [TORCH=$(TORCH)] [PYTHON=$(PYTHON)]      torch versions: $(TORCHES)"
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 18
+
 $(VENV)/.installed: requirements/torch-$(TORCH).txt requirements/build.txt requirements/test.txt requirements/demo.txt
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "torchmargin needs Python 3.10 or newer"; exit 1; }
-	@command -v cmake >/dev/null || { echo "torchmargin needs CMake (package cmake)"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo "torchmargin needs Python's venv (Debian: package python3-venv)"; exit 1; }
-	$(BIN)/pip install --quiet $(foreach file,$^,-r $(file))
+	@bash scripts/check_tools.sh "$(PYTHON)"
+	@echo "== torch $(TORCH) and what the demo and the tests need, into $(VENV): 5.1 GB, a minute or two on a fast line"
+	"$(PYTHON)" -m venv "$(VENV)"
+	$(BIN)/python -m pip install --progress-bar on $(foreach file,$^,-r $(file))
 	@touch $@
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed ## the virtual environment
 
 # Compiles what changed (the build folder is kept) and installs the package.
-install: setup
-	PATH="$(BIN):$$PATH" TORCHMARGIN_BUILD_DIR="$(BUILD)" TORCHMARGIN_CMAKE_ARGS="-DTORCHMARGIN_BUILD_TESTS=ON" \
-	  $(BIN)/pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+INSTALL := $(WITH_TOOLS) TORCHMARGIN_BUILD_DIR="$(BUILD)" TORCHMARGIN_CMAKE_ARGS="-DTORCHMARGIN_WERROR=ON $$TORCHMARGIN_CMAKE_ARGS"
+install: setup ## builds the library and installs the package (the default)
+	@bash scripts/check_tools.sh "$(PYTHON)"
+	@echo "== the library, in $(BUILD): about four minutes the first time on two cores"
+	@$(INSTALL) $(BIN)/python setup.py --quiet compile
+	@$(INSTALL) $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	@cat "$(BUILD)/torchmargin-summary.txt"
 
-test: test-cpp test-python
+test: test-cpp test-python ## all tests, C++ and Python
 
-test-cpp: install
-	ctest --test-dir $(BUILD) --output-on-failure
+test-cpp: install ## the C++ tests
+	@echo "== the C++ tests: about four minutes to compile the first time on two cores"
+	$(WITH_TOOLS) cmake -S . -B "$(BUILD)" -DTORCHMARGIN_BUILD_TESTS=ON
+	$(WITH_TOOLS) cmake --build "$(BUILD)" $(JOBS)
+	ctest --test-dir "$(BUILD)" --output-on-failure
 
-test-python: install
+test-python: install ## the Python tests
 	$(BIN)/python -m pytest -q tests/python
 
 # The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the Python tests with that library.
-SANITIZED := $(CURDIR)/build/torch-$(TORCH)-asan
-CMAKE_SANITIZED = PATH="$(BIN):$$PATH" cmake -G Ninja -S . -DTORCHMARGIN_BUILD_TESTS=ON -DTORCHMARGIN_CUDA=OFF \
+SANITIZED := build/torch-$(TORCH)-asan
+CMAKE_SANITIZED = $(WITH_TOOLS) cmake -G Ninja -S . -DTORCHMARGIN_WERROR=ON -DTORCHMARGIN_BUILD_TESTS=ON -DTORCHMARGIN_CUDA=OFF \
   -DTORCHMARGIN_TORCH_DIR="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["platlib"])')/torch"
-test-asan-cpp: setup
-	$(CMAKE_SANITIZED) -B $(SANITIZED) -DTORCHMARGIN_SANITIZE=address,undefined
-	PATH="$(BIN):$$PATH" cmake --build $(SANITIZED)
-	ctest --test-dir $(SANITIZED) --output-on-failure
+test-asan-cpp: setup ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(CMAKE_SANITIZED) -B "$(SANITIZED)" -DTORCHMARGIN_SANITIZE=address,undefined
+	$(WITH_TOOLS) cmake --build "$(SANITIZED)" $(JOBS)
+	ctest --test-dir "$(SANITIZED)" --output-on-failure
 
-test-asan: test-asan-cpp install
-	ASAN_OPTIONS=detect_leaks=0 TORCHMARGIN_LIBRARY=$(SANITIZED)/libtorchmargin.so \
+test-asan: test-asan-cpp install ## the same, and the Python tests with that library
+	ASAN_OPTIONS=detect_leaks=0 TORCHMARGIN_LIBRARY="$(CURDIR)/$(SANITIZED)/libtorchmargin.so" \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest -q tests/python $(ASAN_PYTEST_ARGS)
 
 # The CPU kernels, and the CUDA kernels on the tests' stand-in for a GPU, under ThreadSanitizer.
-test-tsan: setup
-	$(CMAKE_SANITIZED) -B build/torch-$(TORCH)-tsan -DTORCHMARGIN_SANITIZE=thread
-	PATH="$(BIN):$$PATH" cmake --build build/torch-$(TORCH)-tsan --target torchmargin_thread_tests torchmargin_device_on_host_tests
-	build/torch-$(TORCH)-tsan/tests/cpp/torchmargin_thread_tests
-	build/torch-$(TORCH)-tsan/tests/cpp/torchmargin_device_on_host_tests --gtest_filter='*/1.*'
+TSAN := build/torch-$(TORCH)-tsan
+test-tsan: setup ## the kernels under ThreadSanitizer
+	$(CMAKE_SANITIZED) -B "$(TSAN)" -DTORCHMARGIN_SANITIZE=thread
+	$(WITH_TOOLS) cmake --build "$(TSAN)" $(JOBS) --target torchmargin_thread_tests torchmargin_device_on_host_tests
+	"$(TSAN)/tests/cpp/torchmargin_thread_tests"
+	"$(TSAN)/tests/cpp/torchmargin_device_on_host_tests" --gtest_filter='*/1.*'
 
 # Bugs planted in the CUDA kernels, each of which their tests must find.
-mutants: install
-	PATH="$(BIN):$$PATH" scripts/mutants.sh $(BUILD)
+mutants: install ## bugs planted in the CUDA kernels, which their tests must find
+	$(WITH_TOOLS) scripts/mutants.sh "$(CURDIR)/$(BUILD)"
 
-demo: install
+demo: install ## every loss on real digits, out/index.html (QUICK=1: one minute)
 	$(BIN)/python -m torchmargin.demo $(if $(QUICK),--quick) $(DEMO_ARGS)
 
-bench: install
+bench: install ## times against eager and torch.compile
 	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
 
-lint: setup
-	$(BIN)/pip install --quiet ruff
+lint: setup ## formats and lint
+	$(BIN)/python -m pip install --quiet ruff
 	$(BIN)/ruff check . && clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
 
-clean:
+clean: ## removes what was built; the virtual environments stay
 	rm -rf build dist python/*.egg-info out

@@ -6,35 +6,38 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 LIBTORCH=$(realpath "$1")
-WORK="${2:-build/cpp-package}"
+WORK="${2:-build/cpp package}" # with a space, which paths may have
 mkdir -p "$WORK"
 WORK=$(realpath "$WORK")
-rm -rf "$WORK/bin" "$WORK/libtorch" "$WORK/prefix" "$WORK/moved" "$WORK/programs" "$WORK/examples" "$WORK/wrong"
+BUILD="$WORK build" # beside the other builds of this tree: ccache then knows its files
+rm -rf "$BUILD" "$WORK/libtorch" "$WORK/prefix" "$WORK/moved" "$WORK/programs" "$WORK/examples" "$WORK/wrong"
 
 # LibTorch's own files, and a PATH without any Python.
-mkdir -p "$WORK/libtorch/torch" "$WORK/bin"
+mkdir -p "$WORK/libtorch/torch"
+BIN=$(mktemp -d) # without a space: make cannot be run from a path with one
+trap 'rm -rf "$BIN"' EXIT
 for part in lib include share; do ln -s "$LIBTORCH/$part" "$WORK/libtorch/torch/$part"; done
 [ -d "$LIBTORCH/../nvidia" ] && ln -s "$(realpath "$LIBTORCH/../nvidia")" "$WORK/libtorch/nvidia"
 for folder in /usr/local/sbin /usr/local/bin /usr/sbin /usr/bin /sbin /bin; do
   for program in "$folder"/*; do
     case "$(basename "$program")" in
       python* | pip* | ninja) ;;
-      *) ln -sf "$program" "$WORK/bin/" ;;
+      *) ln -sf "$program" "$BIN/" ;;
     esac
   done
 done
-export PATH="$WORK/bin"
+export PATH="$BIN"
 unset PYTHONPATH VIRTUAL_ENV
 command -v python3 && { echo "there still is a Python"; exit 1; }
 
 step() { printf -- '-- %s\n' "$*"; }
-build() { cmake --build "$1" -j "$(nproc)" > "$1/build.log" 2>&1 || { tail -n 40 "$1/build.log"; exit 1; }; }
+build() { cmake --build "$1" -j "${MAX_JOBS:-$(nproc)}" > "$1/build.log" 2>&1 || { tail -n 40 "$1/build.log"; exit 1; }; }
 
 step "source build and cmake --install"
-cmake -S . -B "$WORK/build" -DCMAKE_PREFIX_PATH="$WORK/libtorch/torch" -DTORCHMARGIN_CUDA="${TORCHMARGIN_CUDA:-OFF}" \
-  > "$WORK/configure.log" || { cat "$WORK/configure.log"; exit 1; }
-build "$WORK/build"
-cmake --install "$WORK/build" --prefix "$WORK/prefix" > /dev/null
+cmake -S . -B "$BUILD" -DCMAKE_PREFIX_PATH="$WORK/libtorch/torch" -DTORCHMARGIN_CUDA="${TORCHMARGIN_CUDA:-OFF}" \
+  ${TORCHMARGIN_CMAKE_ARGS:-} > "$WORK/configure.log" || { cat "$WORK/configure.log"; exit 1; }
+build "$BUILD"
+cmake --install "$BUILD" --prefix "$WORK/prefix" > /dev/null
 mv "$WORK/prefix" "$WORK/moved" # a relocated installation is found just as well
 ldd "$WORK/moved/lib/libtorchmargin.so" | grep -i python && { echo "the library links Python"; exit 1; }
 

@@ -4,13 +4,26 @@ TORCHMARGIN_LIBRARY names another build of the library to load instead of the in
 """
 
 import ctypes
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
 
-_INSTALLED = Path(__file__).resolve().parent / "lib" / "libtorchmargin.so"
+
+def _binaries() -> Path:
+    """The folder of _C, lib, include and share: the package, or what an editable install keeps in site-packages."""
+    package = Path(__file__).resolve().parent
+    if not (package / "lib").exists():
+        editable = importlib.util.find_spec("_torchmargin_editable")
+        if editable is not None:
+            return Path(next(iter(editable.submodule_search_locations)))
+    return package
+
+
+BINARIES = _binaries()
 
 
 def _minor(version: str) -> str:
@@ -22,16 +35,24 @@ def _check_torch(library: Path) -> None:
     note = library.with_suffix(".json")
     if not note.exists():
         return
-    built_for = json.loads(note.read_text())["torch"]
+    facts = json.loads(note.read_text())
+    built_for = facts["torch"]
     if _minor(built_for) != _minor(torch.__version__):
         raise ImportError(
             f"torchmargin was built for torch {built_for}, but torch {torch.__version__} is installed: "
             f"install a torchmargin built for torch {_minor(torch.__version__)}, or torch {_minor(built_for)}."
         )
+    kernels, runtime = facts.get("cuda"), torch.version.cuda
+    if kernels and (runtime is None or runtime.split(".")[0] != kernels.split(".")[0]):
+        raise ImportError(
+            f"torchmargin was built with kernels for CUDA {kernels}, but torch {torch.__version__} is a build for "
+            f"{'CUDA ' + runtime if runtime else 'the CPU only'}: build torchmargin beside this torch (pip install "
+            "--no-cache-dir --force-reinstall --no-deps), or install the torch that it was built for."
+        )
 
 
 def _load():
-    library = Path(os.environ.get("TORCHMARGIN_LIBRARY") or _INSTALLED)
+    library = Path(os.environ.get("TORCHMARGIN_LIBRARY") or BINARIES / "lib" / "libtorchmargin.so")
     if not library.exists():
         raise ImportError(
             f"torchmargin: there is no library at {library}; install the package with pip, or build it with CMake."
@@ -43,6 +64,9 @@ def _load():
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise ImportError(f"torchmargin: cannot load {library} with torch {torch.__version__}: {error}") from error
+    package = sys.modules["torchmargin"].__path__
+    if str(BINARIES) not in package:
+        package.append(str(BINARIES))
     from torchmargin import _C
 
     return _C

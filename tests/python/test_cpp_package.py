@@ -12,7 +12,7 @@ import torch
 import torchmargin
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = Path(torchmargin.__file__).parent
+PACKAGE = torchmargin._extension.BINARIES
 TORCH = Path(torch.__file__).parent
 THREADS = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
 
@@ -238,6 +238,33 @@ def test_the_component_cuda(tmp_path, package):
 def test_another_layout_of_cpp_objects_is_named(tmp_path, package, flag):
     refused, text = _refusal(tmp_path, package, f"-DCMAKE_CXX_FLAGS={flag}")
     assert refused and "with which C++ objects have another layout" in text
+
+
+@pytest.mark.parametrize("layout", ["_GLIBCXX_USE_CXX11_ABI=0", "_GLIBCXX_DEBUG"])
+def test_another_layout_is_named_wherever_it_is_defined(tmp_path, package, layout):
+    for where, command in (
+        ("directory", f"add_compile_definitions({layout})"),
+        ("option", f"add_compile_options(-D{layout})"),
+    ):
+        project = tmp_path / where
+        project.mkdir()
+        lines = [
+            "cmake_minimum_required(VERSION 3.18)",
+            "project(p CXX)",
+            command,
+            "find_package(TorchMargin CONFIG REQUIRED)",
+        ]
+        (project / "CMakeLists.txt").write_text("\n".join(lines) + "\n")
+        arguments = (f"-DCMAKE_PREFIX_PATH={package.prefix};{TORCH}", "-DCMAKE_CXX_COMPILER_WORKS=ON")
+        status, text = _run("cmake", "-S", project, "-B", tmp_path / f"{where}-build", *arguments)
+        assert status != 0 and "with which C++ objects have another layout" in " ".join(text.split())
+    # What comes after find_package, or with one target: the header says it.
+    (tmp_path / "one.cpp").write_text("#include <torchmargin/export.h>\n")
+    compiler = os.environ.get("CXX", "c++")
+    include = [f"-I{PACKAGE / 'include'}", "-fsyntax-only", tmp_path / "one.cpp"]
+    assert _run(compiler, *include)[0] == 0
+    status, text = _run(compiler, f"-D{layout}", *include)
+    assert status != 0 and "another layout than in LibTorch and torchmargin" in text
 
 
 def test_a_debug_program_links_the_library(tmp_path, package):

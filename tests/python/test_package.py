@@ -14,7 +14,7 @@ import torch
 import torchmargin
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARY = Path(torchmargin.__file__).parent / "lib" / "libtorchmargin.so"
+LIBRARY = torchmargin._extension.BINARIES / "lib" / "libtorchmargin.so"
 
 
 def _import_with(**environment):
@@ -51,6 +51,23 @@ def test_another_torch_gives_one_sentence(tmp_path):
     assert last == (
         f"ImportError: torchmargin was built for torch 1.13.0, but torch {torch.__version__} is installed: install "
         f"a torchmargin built for torch {'.'.join(torch.__version__.split('.')[:2])}, or torch 1.13."
+    )
+
+
+@pytest.mark.parametrize("kernels", ["1.2", None])
+def test_another_cuda_gives_one_sentence(tmp_path, kernels):
+    shutil.copy(LIBRARY, tmp_path)
+    facts = {"version": "0.1.0", "torch": torch.__version__, "cuda": kernels or ""}
+    (tmp_path / "libtorchmargin.json").write_text(json.dumps(facts))
+    ran = _import_with(TORCHMARGIN_LIBRARY=str(tmp_path / "libtorchmargin.so"))
+    if kernels is None:  # a library for the CPU works beside any build of its torch
+        assert ran.returncode == 0, ran.stderr
+        return
+    last = ran.stderr.strip().splitlines()[-1]
+    runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+    assert last.startswith(
+        "ImportError: torchmargin was built with kernels for CUDA 1.2, "
+        f"but torch {torch.__version__} is a build for {runtime}:"
     )
 
 
