@@ -1,24 +1,25 @@
-// What all loss modules share: checks, the op's options, initial weights, how they print.
+// A call of a loss module: its options, what the hooks give, the op. And initial weights, and how it prints.
 #include "torchmargin/margin_loss.h"
 
 #include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/nn/init.h>
 
+#include <limits>
+#include <tuple>
+
+#include "api/loss_options.h"
 #include "ops/checks.h"
+#include "ops/find_op.h"
 
-namespace torchmargin::nn::detail {
+namespace torchmargin::nn {
+namespace {
 
-void check_options(const MarginLossOptions& options) {
-  TORCH_CHECK(
-      options.in_features() >= 1 && options.num_classes() >= 1,
-      "expected in_features and num_classes to be positive, but got ", options.in_features(), " and ",
-      options.num_classes());
-  // NB: not on the Meta device: without Python many of ATen's ops have no kernel there.
-  const at::Tensor nothing = at::empty({0, 1}, at::kFloat);
-  const at::Tensor labels = at::empty({0}, nothing.options().dtype(at::kLong));
-  functional::linear_margin_cross_entropy(nothing, nothing.new_zeros({1, 1}), labels, call_options(options, {}, {}));
-}
+constexpr int64_t kSteps = 64; // how many steps a recompute may look back
 
 functional::LinearMarginCrossEntropyFuncOptions
 call_options(const MarginLossOptions& options, const torch::Tensor& bias, const SampleMargins& margins) {
@@ -34,21 +35,215 @@ call_options(const MarginLossOptions& options, const torch::Tensor& bias, const 
   return all;
 }
 
-void initialize(const torch::Tensor& weight, const torch::Tensor& bias) {
+// 16-bit embeddings beside a float32 weight, by the rule that autocast has: the embeddings are widened, and their dtype
+// is the lowest precision allowed for the products. Everything else is the op's business.
+std::tuple<torch::Tensor, std::optional<torch::Dtype>> widened(
+    const torch::Tensor& embeddings,
+    const torch::Tensor& weight) {
+  const bool narrow = embeddings.defined() && weight.defined() && weight.scalar_type() == at::kFloat &&
+      (embeddings.scalar_type() == at::kHalf || embeddings.scalar_type() == at::kBFloat16);
+  if (!narrow || at::autocast::is_autocast_enabled(embeddings.device().type())) {
+    return {embeddings, std::nullopt};
+  }
+  return {embeddings.to(at::kFloat), embeddings.scalar_type()};
+}
+
+// What the hooks may be given. Anything else goes to the op without them, which says what is wrong with it.
+bool is_batch(const torch::Tensor& embeddings, const torch::Tensor& labels, const torch::Tensor& weight) {
+  return embeddings.defined() && labels.defined() && weight.defined() && embeddings.is_floating_point() &&
+      embeddings.dim() == 2 && labels.scalar_type() == at::kLong && labels.dim() == 1 &&
+      labels.size(0) == embeddings.size(0) && embeddings.device() == weight.device() &&
+      labels.device() == weight.device();
+}
+
+// Numbers that a batch has again, bit for bit, when its forward is run again.
+torch::Tensor key_of(const torch::Tensor& embeddings, const torch::Tensor& labels) {
+  const int64_t rows = labels.size(0);
+  const torch::Tensor x = at::nan_to_num(embeddings.detach(), 0.0, 0.0, 0.0);
+  const torch::Tensor places = at::arange(1, rows + 1, labels.options().dtype(at::kDouble)) / rows;
+  return at::stack(
+      {(x.sum(at::IntArrayRef{1}, /*keepdim=*/false, at::kDouble) * places).sum(), x.abs().sum(at::kDouble),
+       (labels * places).sum(), at::full({}, static_cast<double>(rows), places.options())});
+}
+
+torch::Tensor reduced(const torch::Tensor& penalty, const torch::Tensor& labels, const MarginLossOptions& options) {
+  const torch::Tensor valid = labels != options.ignore_index();
+  const torch::Tensor rows = at::where(valid, penalty, at::zeros({}, penalty.options()));
+  if (options.reduction() == "none") {
+    return rows;
+  }
+  return options.reduction() == "mean" ? rows.sum() / valid.sum() : rows.sum();
+}
+
+} // namespace
+
+// The state during one call: moved by `advance`, or, where a backward pass runs the forward again, what it was then.
+// When the call is over it is what a step leaves behind: nothing if it was no step, or if `done` was not reached.
+class MarginLossBase::Step {
+ public:
+  Step(MarginLossBase& loss, const torch::Tensor& embeddings, const torch::Tensor& labels) : state_(loss.state()) {
+    for (const torch::Tensor& tensor : state_) {
+      before_.push_back(tensor.clone());
+    }
+    try {
+      move(loss, embeddings, labels);
+    } catch (...) {
+      put_back();
+      throw;
+    }
+  }
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+  ~Step() {
+    if (!done_ || again_) {
+      try {
+        put_back();
+      } catch (...) { // the device has failed, as the call itself says
+      }
+    }
+  }
+
+  void done() {
+    done_ = true;
+  }
+
+ private:
+  void move(MarginLossBase& loss, const torch::Tensor& embeddings, const torch::Tensor& labels) {
+    const at::NoGradGuard no_grad;
+    loss.advance(embeddings, labels);
+    if (state_.empty()) {
+      return;
+    }
+    static const auto op =
+        find_op<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&)>(
+            "torchmargin::_recall_state");
+    std::vector<torch::Tensor> values;
+    for (const torch::Tensor& tensor : state_) {
+      values.push_back(tensor.to(at::kDouble));
+    }
+    const torch::Tensor key = key_of(embeddings, labels);
+    const int64_t columns = key.size(0) + 1 + static_cast<int64_t>(values.size());
+    if (!loss.log_.defined() || loss.log_.device() != key.device() || loss.log_.size(1) != columns) {
+      loss.log_ = at::full({kSteps, columns}, std::numeric_limits<double>::infinity(), key.options());
+    }
+    const auto [then, fresh] = op.call(loss.log_, key, at::stack(values));
+    // As the op sees it, and without waiting for a device to say so.
+    again_ = torch::autograd::get_current_graph_task_id() != -1;
+    for (size_t i = 0; again_ && i < state_.size(); ++i) {
+      state_[i].copy_(then[static_cast<int64_t>(i)]);
+    }
+  }
+
+  void put_back() {
+    const at::NoGradGuard no_grad;
+    for (size_t i = 0; i < state_.size(); ++i) {
+      state_[i].copy_(before_[i]);
+    }
+  }
+
+  std::vector<torch::Tensor> state_, before_;
+  bool again_ = false;
+  bool done_ = false;
+};
+
+MarginLossBase::MarginLossBase(const MarginLossOptions& options) : own_options_(options) {
+  check_options(options);
+}
+
+MarginLossBase::~MarginLossBase() = default;
+
+void MarginLossBase::reset_parameters() {
   torch::nn::init::xavier_uniform_(weight);
   if (bias.defined()) {
     torch::nn::init::zeros_(bias);
   }
 }
 
-void print(std::ostream& stream, const std::string& name, const MarginLossOptions& options) {
+torch::Tensor MarginLossBase::logits(const torch::Tensor& embeddings) const {
+  const MarginLossOptions options = present_options();
   const MarginParameters& margin = options.form().margin;
-  stream << name << "(in_features=" << options.in_features() << ", num_classes=" << options.num_classes()
-         << ", scale=" << margin.scale << ", m1=" << margin.m1 << ", m2=" << margin.m2 << ", m3=" << margin.m3
-         << ", extension='" << extension_name(margin.extension) << "', margin_gradient='"
+  // The margin does not count here, but a bad one is bad.
+  const MarginParameters checked = make_margin_parameters(
+      "margin_logits", margin.scale, margin.m1, margin.m2, margin.m3, extension_name(margin.extension),
+      margin.margin_weight, margin_gradient_name(margin.margin_gradient));
+  MarginParameters plain;
+  plain.scale = checked.scale;
+  const auto [input, lowest] = widened(embeddings, weight);
+  functional::LinearMarginFuncOptions linear = call_options(options, bias, {}).linear();
+  return functional::margin_logits(input, weight, std::nullopt, linear.margin(plain).compute_dtype(lowest));
+}
+
+std::pair<torch::Tensor, MarginStatistics>
+MarginLossBase::call(const torch::Tensor& embeddings, const torch::Tensor& labels, bool with_statistics) {
+  const MarginLossOptions options = present_options();
+  const auto [input, lowest] = widened(embeddings, weight);
+  const bool hooked = is_batch(input, labels, weight);
+  std::optional<Step> step;
+  if (hooked && module().is_training()) {
+    step.emplace(*this, input, labels);
+  }
+  functional::LinearMarginCrossEntropyFuncOptions all =
+      call_options(options, bias, hooked ? sample_margins(input, labels) : SampleMargins{});
+  all.linear().compute_dtype(lowest);
+  std::pair<torch::Tensor, MarginStatistics> result;
+  if (with_statistics) {
+    result = functional::linear_margin_cross_entropy_with_statistics(input, weight, labels, all);
+  } else {
+    result.first = functional::linear_margin_cross_entropy(input, weight, labels, all);
+  }
+  if (hooked) {
+    if (const torch::Tensor penalty = row_penalty(input, labels); penalty.defined()) {
+      result.first = result.first + reduced(penalty, labels, options);
+    }
+  }
+  if (step.has_value()) {
+    step->done();
+  }
+  return result;
+}
+
+MarginLossOptions MarginLossBase::margin_loss_options() const {
+  return own_options_;
+}
+
+MarginLossOptions& MarginLossBase::own_options() {
+  return own_options_;
+}
+
+torch::Dtype MarginLossBase::acc_dtype() const {
+  return torchmargin::acc_dtype(weight.scalar_type());
+}
+
+void MarginLossBase::advance(const torch::Tensor& /*embeddings*/, const torch::Tensor& /*labels*/) {}
+
+SampleMargins MarginLossBase::sample_margins(const torch::Tensor& /*embeddings*/, const torch::Tensor& /*labels*/) {
+  return {};
+}
+
+torch::Tensor MarginLossBase::row_penalty(const torch::Tensor& /*embeddings*/, const torch::Tensor& /*labels*/) {
+  return {};
+}
+
+const torch::nn::Module& MarginLossBase::module() const {
+  return const_cast<MarginLossBase*>(this)->module(); // changes nothing
+}
+
+void MarginLossBase::print(std::ostream& stream) const {
+  const MarginLossOptions options = present_options();
+  const MarginParameters& margin = options.form().margin;
+  stream << module().name() << "(in_features=" << options.in_features() << ", num_classes=" << options.num_classes()
+         << ", scale=" << margin.scale << ", m1=" << margin.m1 << ", m2=" << margin.m2 << ", m3=" << margin.m3;
+  for (const SavedNumber& number : saved_numbers()) {
+    if (number.per_class != nullptr && number.per_class->defined()) {
+      stream << ", " << number.name << "=one of each class";
+    } else if (number.name != "scale" && number.name != "m1" && number.name != "m2" && number.name != "m3") {
+      stream << ", " << number.name << "=" << *number.value;
+    }
+  }
+  stream << ", extension='" << extension_name(margin.extension) << "', margin_gradient='"
          << margin_gradient_name(margin.margin_gradient) << "', label_smoothing=" << options.label_smoothing()
          << ", ignore_index=" << options.ignore_index() << ", reduction='" << options.reduction()
          << "', bias=" << (options.bias() ? "true" : "false") << ")";
 }
 
-} // namespace torchmargin::nn::detail
+} // namespace torchmargin::nn

@@ -13,12 +13,47 @@
 #include <string>
 #include <vector>
 
+#include "torchmargin/margin_loss.h"
+
 namespace torchmargin {
 namespace {
 
+using Tensors = std::map<std::string, at::Tensor>;
+
+// A loss in the module, and what stands before its names: its numbers are saved too, see margin_loss.h.
+struct Loss {
+  std::string prefix;
+  nn::MarginLossBase* loss;
+
+  // Of tensors by their full names those that are its numbers, by their own.
+  Tensors numbers_in(const Tensors& tensors) const {
+    Tensors numbers;
+    for (const nn::SavedNumber& number : loss->saved_numbers()) {
+      if (const auto found = tensors.find(prefix + number.name); found != tensors.end()) {
+        numbers.emplace(number.name, found->second);
+      }
+    }
+    return numbers;
+  }
+};
+
+// NB: not by modules(), which asks for a module in a shared_ptr.
+std::vector<Loss> losses_of(const torch::nn::Module& module) {
+  std::vector<Loss> losses;
+  if (const auto* loss = dynamic_cast<const nn::MarginLossBase*>(&module)) {
+    losses.push_back({"", const_cast<nn::MarginLossBase*>(loss)});
+  }
+  for (const auto& item : module.named_modules("", /*include_self=*/false)) {
+    if (auto* loss = dynamic_cast<nn::MarginLossBase*>(item.value().get())) {
+      losses.push_back({item.key() + ".", loss});
+    }
+  }
+  return losses;
+}
+
 // Parameters and buffers by name, as Python's state_dict has them.
-std::map<std::string, at::Tensor> tensors_of(const torch::nn::Module& module) {
-  std::map<std::string, at::Tensor> tensors;
+Tensors tensors_of(const torch::nn::Module& module) {
+  Tensors tensors;
   for (const auto& item : module.named_parameters()) {
     tensors.emplace(item.key(), item.value());
   }
@@ -28,7 +63,7 @@ std::map<std::string, at::Tensor> tensors_of(const torch::nn::Module& module) {
   return tensors;
 }
 
-std::map<std::string, at::Tensor> read(const std::string& path) {
+Tensors read(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   TORCH_CHECK(file.good(), "load_state_dict: cannot read '", path, "'");
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
@@ -41,7 +76,7 @@ std::map<std::string, at::Tensor> read(const std::string& path) {
   TORCH_CHECK(
       value.isGenericDict(), "load_state_dict: expected '", path,
       "' to hold a plain dict of tensors; in Python write it ", "with torch.save(dict(module.state_dict()), path)");
-  std::map<std::string, at::Tensor> tensors;
+  Tensors tensors;
   for (const auto& item : value.toGenericDict()) {
     TORCH_CHECK(
         item.key().isString() && item.value().isTensor(), "load_state_dict: expected '", path,
@@ -54,26 +89,41 @@ std::map<std::string, at::Tensor> read(const std::string& path) {
 } // namespace
 
 void load_state_dict(torch::nn::Module& module, const std::string& path) {
-  const std::map<std::string, at::Tensor> own = tensors_of(module);
-  const std::map<std::string, at::Tensor> given = read(path);
+  const Tensors given = read(path);
+  const std::vector<Loss> losses = losses_of(module);
+  Tensors own = tensors_of(module);
+  Tensors unknown = given;
+  for (const Loss& item : losses) {
+    item.loss->check_numbers(item.numbers_in(given));
+    for (const nn::SavedNumber& number : item.loss->saved_numbers()) {
+      own.erase(item.prefix + number.name); // need not be in the file
+      unknown.erase(item.prefix + number.name);
+    }
+  }
   for (const auto& [name, tensor] : own) {
     const auto found = given.find(name);
     TORCH_CHECK(found != given.end(), "load_state_dict: '", path, "' has no '", name, "'");
     TORCH_CHECK(
         found->second.sizes() == tensor.sizes(), "load_state_dict: expected '", name, "' to have shape ",
         tensor.sizes(), ", but in '", path, "' it has ", found->second.sizes());
+    unknown.erase(name);
   }
-  for (const auto& [name, tensor] : given) {
-    TORCH_CHECK(own.count(name) == 1, "load_state_dict: the module has no '", name, "', which '", path, "' holds");
-  }
+  TORCH_CHECK(
+      unknown.empty(), "load_state_dict: the module has no '", unknown.begin()->first, "', which '", path, "' holds");
   const at::NoGradGuard no_grad;
   for (const auto& [name, tensor] : own) {
     at::Tensor(tensor).copy_(given.at(name));
+  }
+  for (const Loss& item : losses) {
+    item.loss->read_numbers(item.numbers_in(given));
   }
 }
 
 // NB: not torch::pickle_save, which marks every dict with a type, and those marks torch.load refuses by default.
 void save_state_dict(const torch::nn::Module& module, const std::string& path) {
+  for (const Loss& item : losses_of(module)) {
+    item.loss->write_numbers();
+  }
   c10::Dict<std::string, at::Tensor> dict;
   for (const auto& [name, tensor] : tensors_of(module)) {
     dict.insert(name, tensor.detach());

@@ -1,5 +1,6 @@
 // consumer LOSS INPUTS STATE RESULTS: reads embeddings, labels and a loss's state as Python wrote them, and writes the
-// loss's value, its gradients, and its state after two optimiser steps, for Python to compare with its own.
+// loss's value, its gradients, and its state after two optimiser steps, for Python to compare with its own. Then every
+// number of its options is changed and all is written again, for Python to go on from.
 #include <torch/torch.h>
 #include <torchmargin/torchmargin.h>
 
@@ -62,6 +63,23 @@ void run(Loss loss, char** paths) {
     throw std::runtime_error("a saved, loaded and cloned loss gives another value");
   }
   std::cout << *copy << "\n";
+
+  // Options are live, and come back from what was saved.
+  for (const nn::SavedNumber& number : loss->saved_numbers()) {
+    *number.value *= 0.9;
+    if (number.per_class != nullptr && number.per_class->defined()) {
+      number.per_class->mul_(0.9);
+    }
+  }
+  c10::Dict<std::string, at::Tensor> changed;
+  changed.insert("loss", loss->forward(embeddings, labels).detach());
+  changed.insert("logits", loss->logits(embeddings).detach());
+  write_dict(changed, std::string(paths[2]) + ".changed");
+  torchmargin::save_state_dict(*loss, std::string(paths[2]) + ".changed_state");
+  torchmargin::load_state_dict(*copy, std::string(paths[2]) + ".changed_state");
+  if (torch::equal(changed.at("loss"), one) || !torch::equal(changed.at("loss"), copy->forward(embeddings, labels))) {
+    throw std::runtime_error("numbers that were changed do not count, or do not come back");
+  }
 }
 
 } // namespace

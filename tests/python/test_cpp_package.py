@@ -88,28 +88,28 @@ def test_the_examples_verification_is_pythons(consumer, tmp_path):
     assert tar == pytest.approx(true.tar[0.05], abs=3e-2)
 
 
-LOSSES = [
-    "SoftmaxLoss",
-    "ModifiedSoftmaxLoss",
-    "NormalizedSoftmaxLoss",
-    "SphereFaceLoss",
-    "LargeMarginSoftmaxLoss",
-    "CosFaceLoss",
-    "ArcFaceLoss",
-    "CombinedMarginLoss",
-    "AdaFaceLoss",
-    "MagFaceLoss",
-    "ElasticFaceLoss",
-]
+# The losses, and the numbers of each that are saved with the weight.
+LOSSES = {
+    "SoftmaxLoss": ["scale"],
+    "ModifiedSoftmaxLoss": ["scale"],
+    "NormalizedSoftmaxLoss": ["scale"],
+    "SphereFaceLoss": ["scale", "margin", "lambda_base", "lambda_gamma", "lambda_min"],
+    "LargeMarginSoftmaxLoss": ["scale", "margin", "lambda_base", "lambda_gamma", "lambda_min"],
+    "CosFaceLoss": ["scale", "margin"],
+    "ArcFaceLoss": ["scale", "margin"],
+    "CombinedMarginLoss": ["scale", "m1", "m2", "m3"],
+    "AdaFaceLoss": ["scale", "margin", "h", "momentum"],
+    "MagFaceLoss": ["scale", "a_min", "a_max", "m_min", "m_max", "regularizer"],
+    "ElasticFaceLoss": ["scale", "margin", "deviation"],
+}
 
 # Python's half of tests/consumer/main.cpp, in a process of its own with the same threads.
 TRAIN = """
 import sys, torch, torchmargin
-name, inputs, state, results = sys.argv[1:]
+name, inputs, state, results, changed = sys.argv[1:]
 inputs = torch.load(inputs)
 x = inputs["embeddings"].clone().requires_grad_()
-options = {"deviation": 0.0} if name == "ElasticFaceLoss" else {}
-loss = getattr(torchmargin, name)(8, 30, **options).to(x.dtype)
+loss = getattr(torchmargin, name)(8, 30).to(x.dtype)
 loss.load_state_dict(torch.load(state))
 optimiser = torch.optim.SGD(loss.parameters(), lr=0.1)
 found = {}
@@ -120,15 +120,18 @@ for step in range(2):
     optimiser.step()
     found |= {f"loss{step}": value.detach(), f"accuracy{step}": statistics.accuracy}
 found |= {"grad_embeddings": x.grad, "logits": loss.logits(x).detach()}
-torch.save({"results": found, "state": loss.state_dict()}, results)
+state = {key: value.clone() for key, value in loss.state_dict().items()}
+loss.load_state_dict(torch.load(changed))
+loss.eval()
+with torch.no_grad():
+    again = {"loss": loss(x, inputs["labels"]), "logits": loss.logits(x)}
+torch.save({"results": found, "state": state, "changed": again}, results)
 """
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", LOSSES)
-def test_modules_give_pythons_bits_and_exchange_weights(consumer, tmp_path, name, dtype):
-    """Python's weights go to C++, both train two steps, C++'s weights come back: every bit is the same."""
-    loss = getattr(torchmargin, name)(8, 30).to(dtype)
+def _exchange(consumer, tmp_path, name, loss, dtype):
+    """The loss's state goes to C++, both train two steps, C++'s state comes back: every bit is the same. Then C++
+    changes every number, and its state gives Python the same loss again."""
     inputs = {"embeddings": 3 * torch.randn(40, 8, dtype=dtype), "labels": torch.randint(0, 30, (40,))}
     inputs["labels"][3] = -100
     torch.save(inputs, tmp_path / "inputs.pt")
@@ -139,18 +142,48 @@ def test_modules_give_pythons_bits_and_exchange_weights(consumer, tmp_path, name
     assert f"{name}Impl(in_features=8, num_classes=30" in text
     # A wrong shape is a c10::Error with the op's text.
     assert "linear_margin_cross_entropy: expected weight to have shape [C, 7], but got [30, 8]" in text
-    status, text = _run(sys.executable, "-c", TRAIN, name, *paths, tmp_path / "python.pt", **THREADS)
+    paths += [tmp_path / "python.pt", tmp_path / "cpp.pt.changed_state"]
+    status, text = _run(sys.executable, "-c", TRAIN, name, *paths, **THREADS)
     assert status == 0, text
     python = torch.load(tmp_path / "python.pt")
-    got = torch.load(tmp_path / "cpp.pt", weights_only=False)  # torch::pickle_save wrote it
-    assert set(got) == set(python["results"])
-    for key, value in python["results"].items():
-        assert got[key].dtype == value.dtype
-        assert torch.equal(got[key], value), key
+    for part, file in (("results", "cpp.pt"), ("changed", "cpp.pt.changed")):
+        got = torch.load(tmp_path / file, weights_only=False)  # torch::pickle_save wrote it
+        assert set(got) == set(python[part])
+        for key, value in python[part].items():
+            assert got[key].dtype == value.dtype
+            assert torch.equal(got[key], value), (part, key)
     state = torch.load(tmp_path / "cpp.pt.state")
-    loss.load_state_dict(state)  # strict: the same names and shapes
+    assert set(state) == set(python["state"])
     for key, value in python["state"].items():
         assert torch.equal(state[key], value), key
+    loss.load_state_dict(state)  # strict: the same names and shapes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_modules_give_pythons_bits_and_exchange_weights_and_numbers(consumer, tmp_path, name, dtype):
+    options = {"deviation": 0.0} if name == "ElasticFaceLoss" else {}
+    loss = getattr(torchmargin, name)(8, 30, **options).to(dtype)
+    for number in LOSSES[name]:
+        setattr(loss, number, 0.9 * float(getattr(loss, number)))
+    _exchange(consumer, tmp_path, name, loss, dtype)
+
+
+@pytest.mark.parametrize("name", ["ArcFaceLoss", "CosFaceLoss"])
+def test_margins_of_classes_are_exchanged(consumer, tmp_path, name):
+    loss = getattr(torchmargin, name)(8, 30, margin=0.5 * torch.rand(30))
+    _exchange(consumer, tmp_path, name, loss, torch.float32)
+
+
+def test_a_state_dict_without_numbers_keeps_the_programs(consumer, tmp_path):
+    torch.save(
+        {"embeddings": torch.randn(4, 8), "labels": torch.arange(4)},
+        tmp_path / "inputs.pt",
+    )
+    torch.save({"weight": torch.randn(30, 8)}, tmp_path / "state.pt")
+    paths = [tmp_path / name for name in ("inputs.pt", "state.pt", "cpp.pt")]
+    status, text = _run(consumer / "consumer", "ArcFaceLoss", *paths)
+    assert status == 0 and "scale=64, m1=1, m2=0.5" in text, text
 
 
 def test_an_ordered_state_dict_is_refused_with_the_remedy(consumer, tmp_path):

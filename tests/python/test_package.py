@@ -90,7 +90,7 @@ ARROWS = {
     "csrc/sweep": {"torchmargin", "math", "ops", "sweep"},
     "csrc/ops": {"torchmargin", "math", "ops", "sweep"},
     "csrc/cpu": {"torchmargin", "math", "ops", "sweep", "cpu"},
-    "csrc/api": {"torchmargin", "ops"},
+    "csrc/api": {"torchmargin", "ops", "api"},
     "csrc/bindings": {"torchmargin", "sweep", "bindings"},
     "cuda": {"torchmargin", "math", "ops", "sweep", "kernels", "target_values.h", "device_on_host.h"},
 }

@@ -1,14 +1,26 @@
 /// @file
 /// The base of the loss modules: class weights [C, D] and the call of the fused op; never the logits [B, C]. The
 /// published losses are in modules.h.
+///
+/// A loss of your own: derive from MarginLossImpl<YourLossImpl>, call reset() in the constructor, give the margin as
+/// options or override a hook; TORCH_MODULE(YourLoss). The hooks, in the order of a call:
+///
+///   advance         moves state, once a training forward, without gradients. State in 0-dim buffers (registered in
+///                   reset()) is what it was when a backward pass runs the forward again, as activation checkpointing
+///                   does.
+///   sample_margins  margins that differ from row to row
+///   row_penalty     what is added to each row's loss
 #pragma once
 
 #include <torch/nn/cloneable.h>
 #include <torch/types.h>
 
+#include <map>
 #include <optional>
 #include <ostream>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "torchmargin/export.h"
 #include "torchmargin/functional.h"
@@ -19,109 +31,149 @@ namespace torchmargin::nn {
 using functional::MarginStatistics;
 
 /// Margins that differ from row to row, [B] each; margin_weight may be 0-dim. See LinearMarginFuncOptions.
-struct SampleMargins {
+struct TORCHMARGIN_API SampleMargins {
   std::optional<torch::Tensor> m2;
   std::optional<torch::Tensor> m3;
   std::optional<torch::Tensor> margin_weight;
 };
 
-namespace detail {
+/// A number of the options that is saved with the weight, in a float64 buffer of this name.
+struct TORCHMARGIN_API SavedNumber {
+  std::string name;
+  double* value; ///< in the options
+  torch::Tensor* per_class = nullptr; ///< in the options, [C]: where it is defined, it stands for the value
+};
 
-/// c10::Error if a loss with these options could not be called: the op's own checks, on an empty batch.
-TORCHMARGIN_API void check_options(const MarginLossOptions& options);
-TORCHMARGIN_API functional::LinearMarginCrossEntropyFuncOptions
-call_options(const MarginLossOptions& options, const torch::Tensor& bias, const SampleMargins& margins);
-/// Xavier-uniform weights, as ArcFace's and SphereFace's code has them; the bias 0.
-TORCHMARGIN_API void initialize(const torch::Tensor& weight, const torch::Tensor& bias);
-TORCHMARGIN_API void print(std::ostream& stream, const std::string& name, const MarginLossOptions& options);
+/// What a loss is beside being a module. Not for use by itself: see MarginLossImpl.
+class TORCHMARGIN_API MarginLossBase {
+ public:
+  explicit MarginLossBase(const MarginLossOptions& options);
+  MarginLossBase(const MarginLossBase&) = default;
+  MarginLossBase& operator=(const MarginLossBase&) = default;
+  virtual ~MarginLossBase();
 
-} // namespace detail
+  /// Xavier-uniform weights, as ArcFace's and SphereFace's code has them; the bias 0.
+  void reset_parameters();
+
+  /// The logits [B, C] without a margin, for inference: their argmax is the predicted class.
+  torch::Tensor logits(const torch::Tensor& embeddings) const;
+
+  /// The options in the form that all losses share, asked for at each call; c10::Error if they are bad. Override it
+  /// where a loss of your own has an options struct of its own.
+  virtual MarginLossOptions margin_loss_options() const;
+
+  /// What the constructor of the base was given. Live: a change takes effect at the next call.
+  MarginLossOptions& own_options();
+
+  /// Writes the options' numbers into their buffers. Saving and cloning do it; c10::Error if the options are bad.
+  void write_numbers() const;
+  /// Sets the options from numbers that were saved, those that are there. c10::Error if they are bad, as from the
+  /// constructor; nothing is changed then.
+  void read_numbers(const std::map<std::string, torch::Tensor>& numbers);
+  /// The same error, and nothing is changed in any case.
+  void check_numbers(const std::map<std::string, torch::Tensor>& numbers);
+  std::vector<SavedNumber> saved_numbers() const;
+
+  torch::Tensor weight; ///< [C, D]
+  torch::Tensor bias; ///< [C], or undefined
+
+ protected:
+  /// The dtype of losses: float64 for float64 weights, else float32.
+  torch::Dtype acc_dtype() const;
+
+  virtual void advance(const torch::Tensor& embeddings, const torch::Tensor& labels);
+  virtual SampleMargins sample_margins(const torch::Tensor& embeddings, const torch::Tensor& labels);
+  /// [B], or undefined. Ignored rows are left out, the others reduced as the loss is.
+  virtual torch::Tensor row_penalty(const torch::Tensor& embeddings, const torch::Tensor& labels);
+
+  /// The numbers that are saved: scale, m1, m2 and m3 of own_options().
+  virtual std::vector<SavedNumber> numbers();
+
+  virtual torch::nn::Module& module() = 0;
+  const torch::nn::Module& module() const;
+
+  // The bodies of MarginLossImpl.
+  void make_tensors();
+  std::pair<torch::Tensor, MarginStatistics>
+  call(const torch::Tensor& embeddings, const torch::Tensor& labels, bool with_statistics);
+  void print(std::ostream& stream) const;
+  void load_tensors(torch::serialize::InputArchive& archive);
+  using Tensors = std::vector<std::pair<torch::Tensor, torch::Tensor>>;
+  Tensors wide_buffers() const;
+  static void widen_again(const Tensors& buffers);
+
+ private:
+  class Step;
+
+  MarginLossOptions present_options() const;
+  std::vector<torch::Tensor> state() const;
+  bool is_number(const std::string& name) const;
+
+  MarginLossOptions own_options_;
+  torch::Tensor log_; // of steps, for recomputes: see _recall_state
+};
 
 /// loss->forward(embeddings [B, D], labels [B] int64) is the loss, a scalar (or [B] with reduction "none") in float64
-/// for float64 weights and float32 otherwise. Bad options and inputs throw c10::Error, a label outside [0, C) that is
-/// not ignore_index c10::IndexError. A loss of your own: derive from MarginLossImpl<YourLossImpl>, call reset() in the
-/// constructor, give the margin as options or override sample_margins; TORCH_MODULE(YourLoss).
+/// for float64 weights and float32 otherwise. float16 and bfloat16 embeddings may stand beside float32 weights. Bad
+/// options and inputs throw c10::Error, a label outside [0, C) that is not ignore_index c10::IndexError.
+///
+/// Options are live: a change takes effect at the next call, is saved with the weight, and comes back with it. Casts
+/// (`to`) never make a buffer narrower.
 template <typename Derived>
-class TORCHMARGIN_API MarginLossImpl : public torch::nn::Cloneable<Derived> {
+class TORCHMARGIN_API MarginLossImpl : public torch::nn::Cloneable<Derived>, public MarginLossBase {
  public:
-  explicit MarginLossImpl(const MarginLossOptions& margin_loss_options) : margin_loss_options_(margin_loss_options) {
-    detail::check_options(margin_loss_options_);
-  }
+  using MarginLossBase::MarginLossBase;
 
   void reset() override {
-    const auto& o = margin_loss_options_;
-    weight = this->register_parameter("weight", torch::empty({o.num_classes(), o.in_features()}));
-    bias = this->register_parameter("bias", o.bias() ? torch::empty({o.num_classes()}) : torch::Tensor(), o.bias());
-    reset_parameters();
-  }
-
-  void reset_parameters() {
-    detail::initialize(weight, bias);
+    make_tensors();
   }
 
   torch::Tensor forward(const torch::Tensor& embeddings, const torch::Tensor& labels) {
-    const auto options = prepare(embeddings, labels);
-    return finish(functional::linear_margin_cross_entropy(embeddings, weight, labels, options), embeddings, labels);
+    return call(embeddings, labels, /*with_statistics=*/false).first;
   }
 
   /// The same, and how training goes, from the same sweep over the classes.
   std::pair<torch::Tensor, MarginStatistics> forward_with_statistics(
       const torch::Tensor& embeddings,
       const torch::Tensor& labels) {
-    const auto options = prepare(embeddings, labels);
-    auto [loss, statistics] =
-        functional::linear_margin_cross_entropy_with_statistics(embeddings, weight, labels, options);
-    return {finish(loss, embeddings, labels), statistics};
-  }
-
-  /// The logits [B, C] without a margin, for inference: their argmax is the predicted class.
-  torch::Tensor logits(const torch::Tensor& embeddings) const {
-    const LossForm& form = margin_loss_options_.form();
-    MarginParameters plain;
-    plain.scale = form.margin.scale;
-    const auto options = detail::call_options(margin_loss_options_, bias, {}).linear();
-    return functional::margin_logits(
-        embeddings, weight, std::nullopt, functional::LinearMarginFuncOptions(options).margin(plain));
+    return call(embeddings, labels, /*with_statistics=*/true);
   }
 
   void pretty_print(std::ostream& stream) const override {
-    detail::print(stream, this->name(), margin_loss_options_);
+    print(stream);
   }
 
-  /// The options in the form that all losses share.
-  const MarginLossOptions& margin_loss_options() const {
-    return margin_loss_options_;
+  std::shared_ptr<torch::nn::Module> clone(const std::optional<torch::Device>& device = std::nullopt) const override {
+    write_numbers();
+    return torch::nn::Cloneable<Derived>::clone(device);
   }
 
-  torch::Tensor weight; ///< [C, D]
-  torch::Tensor bias; ///< [C], or undefined
+  void save(torch::serialize::OutputArchive& archive) const override {
+    write_numbers();
+    torch::nn::Module::save(archive);
+  }
+
+  /// An archive without the numbers leaves the options as they are.
+  void load(torch::serialize::InputArchive& archive) override {
+    load_tensors(archive);
+  }
+
+  using torch::nn::Module::to;
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override {
+    const Tensors buffers = wide_buffers();
+    torch::nn::Module::to(device, dtype, non_blocking);
+    widen_again(buffers);
+  }
+  void to(torch::Dtype dtype, bool non_blocking = false) override {
+    const Tensors buffers = wide_buffers();
+    torch::nn::Module::to(dtype, non_blocking);
+    widen_again(buffers);
+  }
 
  protected:
-  /// The dtype of losses and of margins of rows.
-  torch::Dtype acc_dtype() const {
-    return weight.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+  torch::nn::Module& module() override {
+    return *this;
   }
-
-  /// Before each forward; of the training state, what a step moves.
-  virtual void begin_forward() {}
-  virtual SampleMargins sample_margins(const torch::Tensor& /*embeddings*/, const torch::Tensor& /*labels*/) {
-    return {};
-  }
-  /// What is added to the loss.
-  virtual torch::Tensor
-  finish(const torch::Tensor& loss, const torch::Tensor& /*embeddings*/, const torch::Tensor& /*labels*/) {
-    return loss;
-  }
-
- private:
-  functional::LinearMarginCrossEntropyFuncOptions prepare(
-      const torch::Tensor& embeddings,
-      const torch::Tensor& labels) {
-    begin_forward();
-    return detail::call_options(margin_loss_options_, bias, sample_margins(embeddings, labels));
-  }
-
-  MarginLossOptions margin_loss_options_;
 };
 
 } // namespace torchmargin::nn

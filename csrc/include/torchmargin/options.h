@@ -1,13 +1,16 @@
 /// @file
 /// Options of the loss modules, in the manner of torch::nn: ArcFaceLossOptions(512, 10575).scale(64).margin(0.5).
-/// Angles are in radians. The formulas and papers stand beside the modules, in modules.h.
+/// Angles are in radians. The formulas and papers stand beside the modules, in modules.h. A module's options are live:
+/// loss->options.margin(0.1) counts from the next call on. Only sizes and bias belong to the weight and stay.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <torch/arg.h>
 
 #include <cstdint>
 #include <string>
 
+#include "torchmargin/export.h"
 #include "torchmargin/margin.h"
 
 namespace torchmargin::nn {
@@ -40,29 +43,29 @@ namespace torchmargin::nn {
   TORCH_ARG(double, lambda_min) = min_default
 
 /// What all losses come down to, and what one of your own starts from.
-struct MarginLossOptions {
+struct TORCHMARGIN_API MarginLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(MarginLossOptions);
   TORCH_ARG(LossForm, form);
   TORCH_ARG(bool, bias) = false;
 };
 
-struct SoftmaxLossOptions {
+struct TORCHMARGIN_API SoftmaxLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(SoftmaxLossOptions);
   TORCH_ARG(double, scale) = 1.0;
   TORCH_ARG(bool, bias) = true;
 };
 
-struct ModifiedSoftmaxLossOptions {
+struct TORCHMARGIN_API ModifiedSoftmaxLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(ModifiedSoftmaxLossOptions);
   TORCH_ARG(double, scale) = 1.0;
 };
 
-struct NormalizedSoftmaxLossOptions {
+struct TORCHMARGIN_API NormalizedSoftmaxLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(NormalizedSoftmaxLossOptions);
   TORCH_ARG(double, scale) = 64.0;
 };
 
-struct SphereFaceLossOptions {
+struct TORCHMARGIN_API SphereFaceLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(SphereFaceLossOptions);
   TORCH_ARG(double, scale) = 1.0;
   TORCH_ARG(double, margin) = 4.0; ///< multiplies the angle
@@ -79,7 +82,7 @@ struct SphereFaceLossOptions {
   }
 };
 
-struct LargeMarginSoftmaxLossOptions {
+struct TORCHMARGIN_API LargeMarginSoftmaxLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(LargeMarginSoftmaxLossOptions);
   TORCH_ARG(double, scale) = 1.0;
   TORCH_ARG(double, margin) = 4.0; ///< multiplies the angle
@@ -87,21 +90,25 @@ struct LargeMarginSoftmaxLossOptions {
   TORCHMARGIN_ANNEALING_OPTIONS(0.0, 0.12, 0.0);
 };
 
-struct CosFaceLossOptions {
+struct TORCHMARGIN_API CosFaceLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(CosFaceLossOptions);
   TORCH_ARG(double, scale) = 64.0;
   TORCH_ARG(double, margin) = 0.35; ///< a difference of cosines
   TORCHMARGIN_MARGIN_OPTIONS(none, exact);
+  /// Instead of margin: one of each class, [C] float without a gradient.
+  TORCH_ARG(at::Tensor, class_margins);
 };
 
-struct ArcFaceLossOptions {
+struct TORCHMARGIN_API ArcFaceLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(ArcFaceLossOptions);
   TORCH_ARG(double, scale) = 64.0;
   TORCH_ARG(double, margin) = 0.5; ///< radians
   TORCHMARGIN_MARGIN_OPTIONS(linear, exact);
+  /// Instead of margin: one of each class, [C] float without a gradient.
+  TORCH_ARG(at::Tensor, class_margins);
 };
 
-struct CombinedMarginLossOptions {
+struct TORCHMARGIN_API CombinedMarginLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(CombinedMarginLossOptions);
   TORCH_ARG(double, scale) = 64.0;
   TORCH_ARG(double, m1) = 1.0;
@@ -110,7 +117,7 @@ struct CombinedMarginLossOptions {
   TORCHMARGIN_MARGIN_OPTIONS(none, exact);
 };
 
-struct AdaFaceLossOptions {
+struct TORCHMARGIN_API AdaFaceLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(AdaFaceLossOptions);
   TORCH_ARG(double, scale) = 64.0;
   TORCH_ARG(double, margin) = 0.4;
@@ -118,7 +125,7 @@ struct AdaFaceLossOptions {
   TORCH_ARG(double, momentum) = 0.01; ///< of the newest batch in the running statistics
 };
 
-struct MagFaceLossOptions {
+struct TORCHMARGIN_API MagFaceLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(MagFaceLossOptions);
   TORCH_ARG(double, scale) = 64.0;
   TORCH_ARG(double, a_min) = 10.0; ///< lengths
@@ -128,7 +135,7 @@ struct MagFaceLossOptions {
   TORCH_ARG(double, regularizer) = 35.0;
 };
 
-struct ElasticFaceLossOptions {
+struct TORCHMARGIN_API ElasticFaceLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(ElasticFaceLossOptions);
   TORCH_ARG(double, scale) = 64.0;
   TORCH_ARG(std::string, kind) = "arc"; ///< the margin is added to the angle; "cos": taken from the cosine

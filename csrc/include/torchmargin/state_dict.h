@@ -15,8 +15,10 @@
 
 namespace torchmargin {
 
-/// Copies every tensor of the file into the parameter or buffer of that name. c10::Error if a name is missing in
-/// either, if shapes differ, or if the file cannot be read; nothing is changed then.
+/// Copies every tensor of the file into the parameter or buffer of that name, and sets the options of the losses in the
+/// module from the numbers that were saved with them; a file without those leaves the options as they are. c10::Error
+/// if another name is missing in either, if shapes differ, if the options would be bad, or if the file cannot be read;
+/// nothing is changed then.
 TORCHMARGIN_API void load_state_dict(torch::nn::Module& module, const std::string& path);
 TORCHMARGIN_API void save_state_dict(const torch::nn::Module& module, const std::string& path);
 

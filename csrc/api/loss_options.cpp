@@ -1,0 +1,230 @@
+#include "api/loss_options.h"
+
+#include <ATen/Functions.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+namespace torchmargin::nn {
+namespace {
+
+constexpr double kPi = 3.14159265358979323846;
+
+double check_radians(const char* name, double angle) {
+  TORCH_CHECK(
+      std::abs(angle) <= kPi, "expected ", name, " in radians, not degrees: at most pi in size, but got ", angle);
+  return angle;
+}
+
+double check_cosines(const char* name, double difference) {
+  TORCH_CHECK(
+      std::abs(difference) <= kPi, "expected ", name,
+      " to be a difference of cosines (angles here are in radians, not degrees): at most pi in size, but got ",
+      difference);
+  return difference;
+}
+
+void check_finite(const char* name, double value) {
+  TORCH_CHECK(std::isfinite(value), "expected ", name, " to be finite, but got ", value);
+}
+
+void check_not_negative(const char* name, double value) {
+  TORCH_CHECK(std::isfinite(value) && value >= 0, "expected ", name, " to be finite and not negative, but got ", value);
+}
+
+template <typename Options>
+MarginLossOptions common(const Options& o, const LossForm& form) {
+  MarginLossOptions options(o.in_features(), o.num_classes());
+  options.form(form);
+  options.label_smoothing(o.label_smoothing());
+  options.ignore_index(o.ignore_index());
+  options.reduction(o.reduction());
+  return options;
+}
+
+template <typename Options>
+LossForm varied(LossForm form, const Options& o) {
+  form.margin.scale = o.scale();
+  form.margin.extension = o.extension();
+  form.margin.margin_gradient = o.margin_gradient();
+  return form;
+}
+
+LossForm scaled(LossForm form, double scale) {
+  form.margin.scale = scale;
+  return form;
+}
+
+template <typename Options>
+void check_annealing(const Options& o) {
+  check_not_negative("lambda_base", o.lambda_base());
+  check_not_negative("lambda_gamma", o.lambda_gamma());
+  check_not_negative("lambda_min", o.lambda_min());
+}
+
+template <typename Options>
+std::vector<SavedNumber> annealed_numbers(Options& o) {
+  return {
+      {"scale", &o.scale()},
+      {"margin", &o.margin()},
+      {"lambda_base", &o.lambda_base()},
+      {"lambda_gamma", &o.lambda_gamma()},
+      {"lambda_min", &o.lambda_min()}};
+}
+
+// The margin of all classes where there is none of each. The values of class_margins are looked at apart.
+template <typename Options>
+double one_margin(const Options& o, double margin) {
+  const torch::Tensor& margins = o.class_margins();
+  if (!margins.defined()) {
+    return margin;
+  }
+  TORCH_CHECK(
+      margins.dim() == 1 && margins.size(0) == o.num_classes(), "expected class_margins to have shape [",
+      o.num_classes(), "], but got ", margins.sizes());
+  TORCH_CHECK(
+      margins.is_floating_point(), "expected class_margins to hold floating-point numbers, but got ",
+      margins.scalar_type());
+  TORCH_CHECK(
+      !margins.requires_grad(), "expected class_margins not to require grad, there is no gradient to it; detach it");
+  return 0.0;
+}
+
+} // namespace
+
+void check_options(const MarginLossOptions& options) {
+  TORCH_CHECK(
+      options.in_features() >= 1 && options.num_classes() >= 1,
+      "expected in_features and num_classes to be positive, but got ", options.in_features(), " and ",
+      options.num_classes());
+  functional::LinearMarginCrossEntropyFuncOptions all(options.form());
+  all.label_smoothing(options.label_smoothing());
+  all.ignore_index(options.ignore_index());
+  all.reduction(options.reduction());
+  // NB: not on the Meta device: without Python many of ATen's ops have no kernel there.
+  const at::Tensor nothing = at::empty({0, 1}, at::kFloat);
+  const at::Tensor labels = at::empty({0}, nothing.options().dtype(at::kLong));
+  functional::linear_margin_cross_entropy(nothing, nothing.new_zeros({1, 1}), labels, all);
+}
+
+void check_class_margins(const torch::Tensor& margins) {
+  const torch::Tensor size = margins.detach().to(at::kDouble).abs();
+  const torch::Tensor good = size <= kPi; // false of NaN
+  TORCH_CHECK(
+      good.all().item<bool>(),
+      "expected class_margins to be finite and at most pi in size (radians, not degrees), but got ",
+      margins.masked_select(good.logical_not())[0].item<double>());
+}
+
+MarginLossOptions margin_options(const SoftmaxLossOptions& o) {
+  return common(o, scaled(presets::softmax(), o.scale())).bias(o.bias());
+}
+
+std::vector<SavedNumber> numbers_of(SoftmaxLossOptions& o) {
+  return {{"scale", &o.scale()}};
+}
+
+MarginLossOptions margin_options(const ModifiedSoftmaxLossOptions& o) {
+  return common(o, scaled(presets::modified_softmax(), o.scale()));
+}
+
+std::vector<SavedNumber> numbers_of(ModifiedSoftmaxLossOptions& o) {
+  return {{"scale", &o.scale()}};
+}
+
+MarginLossOptions margin_options(const NormalizedSoftmaxLossOptions& o) {
+  return common(o, presets::normalized_softmax(o.scale()));
+}
+
+std::vector<SavedNumber> numbers_of(NormalizedSoftmaxLossOptions& o) {
+  return {{"scale", &o.scale()}};
+}
+
+MarginLossOptions margin_options(const SphereFaceLossOptions& o) {
+  check_annealing(o);
+  LossForm form = varied(presets::sphereface(o.margin()), o);
+  form.normalize_input = o.normalize_input();
+  return common(o, form);
+}
+
+std::vector<SavedNumber> numbers_of(SphereFaceLossOptions& o) {
+  return annealed_numbers(o);
+}
+
+MarginLossOptions margin_options(const LargeMarginSoftmaxLossOptions& o) {
+  check_annealing(o);
+  return common(o, varied(presets::large_margin_softmax(o.margin()), o));
+}
+
+std::vector<SavedNumber> numbers_of(LargeMarginSoftmaxLossOptions& o) {
+  return annealed_numbers(o);
+}
+
+MarginLossOptions margin_options(const CosFaceLossOptions& o) {
+  const double margin = one_margin(o, check_cosines("margin", o.margin()));
+  return common(o, varied(presets::cosface(o.scale(), margin), o));
+}
+
+std::vector<SavedNumber> numbers_of(CosFaceLossOptions& o) {
+  return {{"scale", &o.scale()}, {"margin", &o.margin(), &o.class_margins()}};
+}
+
+MarginLossOptions margin_options(const ArcFaceLossOptions& o) {
+  const double margin = one_margin(o, check_radians("margin", o.margin()));
+  return common(o, varied(presets::arcface(o.scale(), margin), o));
+}
+
+std::vector<SavedNumber> numbers_of(ArcFaceLossOptions& o) {
+  return {{"scale", &o.scale()}, {"margin", &o.margin(), &o.class_margins()}};
+}
+
+MarginLossOptions margin_options(const CombinedMarginLossOptions& o) {
+  return common(o, varied(presets::combined(o.scale(), o.m1(), check_radians("m2", o.m2()), o.m3()), o));
+}
+
+std::vector<SavedNumber> numbers_of(CombinedMarginLossOptions& o) {
+  return {{"scale", &o.scale()}, {"m1", &o.m1()}, {"m2", &o.m2()}, {"m3", &o.m3()}};
+}
+
+MarginLossOptions margin_options(const AdaFaceLossOptions& o) {
+  check_radians("margin", o.margin());
+  check_finite("h", o.h());
+  TORCH_CHECK(o.momentum() >= 0 && o.momentum() <= 1, "expected momentum in [0, 1], but got ", o.momentum());
+  LossForm form = presets::normalized_softmax(o.scale());
+  form.margin.extension = Extension::clip;
+  return common(o, form);
+}
+
+std::vector<SavedNumber> numbers_of(AdaFaceLossOptions& o) {
+  return {{"scale", &o.scale()}, {"margin", &o.margin()}, {"h", &o.h()}, {"momentum", &o.momentum()}};
+}
+
+MarginLossOptions margin_options(const MagFaceLossOptions& o) {
+  TORCH_CHECK(
+      0 < o.a_min() && o.a_min() < o.a_max(), "expected 0 < a_min < a_max, but got ", o.a_min(), " and ", o.a_max());
+  check_finite("a_max", o.a_max());
+  check_radians("m_min", o.m_min());
+  check_radians("m_max", o.m_max());
+  check_finite("regularizer", o.regularizer());
+  return common(o, presets::arcface(o.scale(), 0.0));
+}
+
+std::vector<SavedNumber> numbers_of(MagFaceLossOptions& o) {
+  return {{"scale", &o.scale()}, {"a_min", &o.a_min()}, {"a_max", &o.a_max()},
+          {"m_min", &o.m_min()}, {"m_max", &o.m_max()}, {"regularizer", &o.regularizer()}};
+}
+
+MarginLossOptions margin_options(const ElasticFaceLossOptions& o) {
+  TORCH_CHECK(o.kind() == "arc" || o.kind() == "cos", "expected kind to be 'arc' or 'cos', but got '", o.kind(), "'");
+  TORCH_CHECK(o.deviation() >= 0, "expected deviation not to be negative, but got ", o.deviation());
+  check_finite("deviation", o.deviation());
+  LossForm form = presets::normalized_softmax(o.scale());
+  (o.kind() == "arc" ? form.margin.m2 : form.margin.m3) = check_radians("margin", o.margin());
+  return common(o, form);
+}
+
+std::vector<SavedNumber> numbers_of(ElasticFaceLossOptions& o) {
+  return {{"scale", &o.scale()}, {"margin", &o.margin()}, {"deviation", &o.deviation()}};
+}
+
+} // namespace torchmargin::nn
