@@ -17,12 +17,13 @@ struct Name {
   std::string_view text;
   int value;
 };
-constexpr std::array<Name, 5> kExtensions{
+constexpr std::array<Name, 6> kExtensions{
     {{"none", int(Extension::none)},
      {"linear", int(Extension::linear)},
      {"easy", int(Extension::easy)},
      {"clip", int(Extension::clip)},
-     {"monotonic", int(Extension::monotonic)}}};
+     {"monotonic", int(Extension::monotonic)},
+     {"continuous", int(Extension::continuous)}}};
 constexpr std::array<Name, 2> kMarginGradients{
     {{"exact", int(MarginGradient::exact)}, {"straight_through", int(MarginGradient::straight_through)}}};
 
@@ -53,7 +54,10 @@ void check_parameters(std::string_view op, const MarginParameters& margin) {
       margin.margin_weight >= 0 && margin.margin_weight <= 1, op, ": expected margin_weight in [0, 1], but got ",
       margin.margin_weight);
   TORCH_CHECK(
-      margin.m1 == 1.0 || (margin.extension != Extension::linear && margin.extension != Extension::easy), op,
+      margin.m1 == 1.0 ||
+          (margin.extension != Extension::linear && margin.extension != Extension::continuous &&
+           margin.extension != Extension::easy),
+      op,
       ": expected m1 = 1 with extension '", extension_name(margin.extension), "', but got m1 = ", margin.m1);
 }
 

@@ -54,6 +54,8 @@ at::Tensor extended_cosine(
     case Extension::linear:
       return at::where(phi <= kPi, phi.cos(), cosine - row.m2 * row.m2.sin());
     case Extension::easy:
+    case Extension::continuous:
+      return at::where(phi <= kPi, phi.cos(), cosine - (1 - row.m2.cos()));
       return at::where(cosine > 0, phi.cos(), cosine);
     case Extension::clip:
       return phi.clamp(0.0, kPi).cos();

@@ -91,6 +91,8 @@ def psi(
 
 
 def _logits_and_angles(
+    elif extension == "continuous":
+        extended = torch.where(phi <= math.pi, torch.cos(phi), cosine - (1 - torch.cos(m2)))
     input: Tensor,
     weight: Tensor,
     target: Tensor,

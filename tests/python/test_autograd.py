@@ -9,7 +9,7 @@ from torchmargin import reference
 from conftest import problem
 
 
-@pytest.mark.parametrize("extension", ["none", "linear", "easy", "clip", "monotonic"])
+@pytest.mark.parametrize("extension", ["none", "linear", "continuous", "easy", "clip", "monotonic"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gradcheck(extension, normalize, workspace):
     x, w, y, b = problem(*workspace, bias=True)
@@ -33,7 +33,7 @@ def test_gradcheck_of_the_loss(workspace):
     assert torch.autograd.gradcheck(loss, (x, w, b))
 
 
-EXTENSIONS = ["none", "linear", "easy", "clip", "monotonic"]
+EXTENSIONS = ["none", "linear", "continuous", "easy", "clip", "monotonic"]
 
 
 def _cosines(rows, classes):

@@ -10,7 +10,7 @@ from torchmargin import reference
 
 from conftest import gradients, problem
 
-EXTENSIONS = ["none", "linear", "easy", "clip", "monotonic"]
+EXTENSIONS = ["none", "linear", "continuous", "easy", "clip", "monotonic"]
 
 
 def test_published_values_of_paddle():
@@ -20,6 +20,21 @@ def test_published_values_of_paddle():
     loss = F.margin_cross_entropy(cosine, torch.tensor([1, 0]), scale=64.0, m2=0.5, reduction="none")
     # Theirs are float32 results of logits near 60: 4e-6 apart at the most.
     torch.testing.assert_close(loss, torch.tensor([61.94391901, 93.30853839]), rtol=1e-6, atol=0)
+
+
+def test_the_published_continuation_of_wespeaker():
+    """theta = 3.1, m = 0.2, s = 32: 32 (cos(3.1) - (1 + cos(pi - 0.2))), and no jump at theta + m = pi."""
+    m = 0.2
+    x = torch.tensor([[math.cos(3.1), math.sin(3.1)]], dtype=torch.float64)
+    w, y = torch.eye(2, dtype=torch.float64), torch.tensor([0])
+    margin = {"m2": m, "extension": "continuous"}
+    logit = F.linear_margin_lse(x, w, y, scale=32.0, **margin).target_logit
+    expected = 32 * (math.cos(3.1) - (1 + math.cos(math.pi - m)))
+    assert abs(expected + 32.610) < 5e-4 and abs(logit.item() - expected) < 1e-12
+    assert abs(32 * F.margin_transform(x[:, 0], **margin).item() - expected) < 1e-12
+    seam = torch.tensor([math.pi - m - 1e-9, math.pi - m + 1e-9], dtype=torch.float64).cos()
+    before, past = F.margin_transform(seam, **margin)
+    assert abs(before - past) < 1e-9 and abs(past + 1) < 1e-9
 
 
 @pytest.mark.parametrize("extension", EXTENSIONS)
@@ -65,6 +80,7 @@ def test_multiplied_angles_agree_with_the_reference(m1):
         ({"m1": 4.0, "extension": "monotonic"}, 16.0, 16.0),
         ({"m2": 0.5}, math.cos(0.5), math.cos(0.5)),
         ({"m2": 0.5, "extension": "linear"}, math.cos(0.5), 1.0),
+        ({"m2": 0.5, "extension": "continuous"}, math.cos(0.5), 1.0),
         ({"m2": 0.5, "extension": "easy"}, math.cos(0.5), 1.0),
         ({"m2": 0.5, "extension": "clip"}, math.cos(0.5), 0.0),
         ({"m2": 0.5, "margin_weight": 0.25}, 0.75 + 0.25 * math.cos(0.5), 0.75 + 0.25 * math.cos(0.5)),

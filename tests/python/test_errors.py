@@ -67,7 +67,11 @@ BAD = {
     "easy with m1": ({"m1": 2.0, "extension": "easy"}, r"expected m1 = 1 with extension 'easy', but got m1 = 2"),
     "extension": (
         {"extension": "soft"},
-        r"expected extension to be one of 'none', 'linear', 'easy', 'clip', 'monotonic', but got 'soft'",
+        r"expected extension to be one of 'none', 'linear', 'easy', 'clip', 'monotonic', 'continuous', but got 'soft'",
+    "continuous with m1": (
+        {"m1": 2.0, "extension": "continuous"},
+        r"expected m1 = 1 with extension 'continuous', but got m1 = 2",
+    ),
     ),
     "margin_gradient": (
         {"margin_gradient": "approximate"},

@@ -27,7 +27,7 @@ def test_the_small_workspaces_cross_what_they_should():
 
 # cos(theta) = +1 and -1 exactly, and angles at which an arccos in float32 has lost every digit.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("extension", ["none", "linear", "easy", "clip", "monotonic"])
+@pytest.mark.parametrize("extension", ["none", "linear", "continuous", "easy", "clip", "monotonic"])
 @pytest.mark.parametrize("opposite", [False, True])
 @pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-7, 1e-4])
 def test_near_parallel(dtype, extension, opposite, angle):
