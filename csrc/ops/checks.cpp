@@ -104,7 +104,15 @@ MarginParameters make_margin_parameters(
   return margin;
 }
 
+void check_given(std::string_view op, const char* argument, const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.defined(), op, ": expected ", argument, " to be a tensor, but got none (None, or undefined in C++)");
+  TORCH_CHECK(
+      !tensor.is_nested(), op, ": expected ", argument,
+      " to be a dense tensor, but got a nested one; convert it with to_padded_tensor()");
+}
+
 void check_floating(std::string_view op, const char* argument, const at::Tensor& tensor) {
+  check_given(op, argument, tensor);
   const at::ScalarType dtype = tensor.scalar_type();
   TORCH_CHECK(
       dtype == at::kDouble || dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op, ": expected ",
@@ -144,6 +152,7 @@ void check_shape(
 }
 
 void check_target(std::string_view op, const at::Tensor& target, const at::Tensor& input) {
+  check_given(op, "target", target);
   check_device(op, "target", target, input);
   TORCH_CHECK(
       target.scalar_type() != at::kInt, op,

@@ -29,6 +29,7 @@ at::Tensor margin_logits(
     const std::optional<at::Tensor>& given_target,
     TORCHMARGIN_LINEAR_OPTION_PARAMETERS) {
   const at::Tensor target = given_target.has_value() && given_target->defined()
+  check_given("margin_logits", "input", input);
       ? *given_target
       : at::full_symint({input.dim() > 0 ? input.sym_size(0) : 0}, -1, input.options().dtype(at::kLong));
   return call_logits_forward(make_linear_problem("margin_logits", TORCHMARGIN_LINEAR_ARGUMENTS)).logits;
