@@ -11,7 +11,7 @@
 #include "ops/problem.h"
 #include "sweep/chunk_plan.h"
 #include "sweep/class_sweep.h"
-#include "sweep/settings.h"
+#include "torchmargin/settings.h"
 
 namespace torchmargin {
 namespace {

@@ -11,7 +11,7 @@
 
 #include "sweep/class_sweep.h"
 #include "sweep/raw.h"
-#include "sweep/settings.h"
+#include "torchmargin/settings.h"
 
 namespace torchmargin {
 namespace {
