@@ -130,14 +130,15 @@ BlockSum sum_block(const T* dots, int64_t size, LogitMap<T> map, bool bounded) {
   if (bounded) {
     return {0.0, static_cast<double>(sum_lanes<T>(sum)), static_cast<double>(maximum)};
   }
-  if (maximum == -infinity) { // every logit is -inf (a mask) or NaN
-    double nan_or_zero = 0.0;
+  // NB: z - maximum would be NaN. Every logit is -inf (a mask) or NaN, or one is +inf and so is the sum.
+  if (maximum == -infinity || maximum == infinity) {
+    double sum_or_nan = maximum == infinity ? 1.0 : 0.0;
     for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
       for (int lane = 0; lane < lanes; ++lane) {
-        nan_or_zero = z[lane] == z[lane] ? nan_or_zero : static_cast<double>(z[lane]);
+        sum_or_nan = z[lane] == z[lane] ? sum_or_nan : static_cast<double>(z[lane]);
       }
     });
-    return {static_cast<double>(maximum), nan_or_zero, static_cast<double>(maximum)};
+    return {static_cast<double>(maximum), sum_or_nan, static_cast<double>(maximum)};
   }
   for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
     sum += keep_lanes<T>(exp(z - maximum), lanes, T(0));
