@@ -147,9 +147,12 @@ BlockSum sum_block(const T* dots, int64_t size, LogitMap<T> map, bool bounded) {
 }
 
 template <typename T>
-void softmax_row(const T* dots, T* out, int64_t size, LogitMap<T> map, T lse, bool times_inverse_norms) {
+void softmax_row(const T* dots, T* out, int64_t size, LogitMap<T> map, double lse, bool times_inverse_norms) {
+  const T high = static_cast<T>(lse);
+  const double rest = lse - static_cast<double>(high);
+  const T low = rest - rest == 0.0 ? static_cast<T>(rest) : T(0); // 0 where the lse is not finite
   for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T> inverse, int64_t j, int lanes) {
-    const Vector<T> exponent = z - lse;
+    const Vector<T> exponent = (z - high) - low;
     const Vector<T> q = exp(exponent) * (times_inverse_norms ? inverse : Vector<T>{} + T(1));
     const Vector<T> flushed = exponent < T(-50) ? Vector<T>{} : q; // NaN stays
     if (lanes == kLanes<T>) {
