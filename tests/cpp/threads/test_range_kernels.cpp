@@ -151,7 +151,7 @@ void cosine_kernels(c10::ScalarType dtype) {
     const RawMatrix none{nullptr, kAcc, 0, 0};
     const CosineContext context{
         {cosine.data(), dtype, kClasses, 1}, p.target.data(), kClasses, margin, none, none, none};
-    std::vector<std::vector<float>> results(3, std::vector<float>(kRows));
+    std::vector<std::vector<double>> results(3, std::vector<double>(kRows));
     const CosineForwardArgs forward{context, true, results[0].data(), results[1].data(), results[2].data()};
     run([&](int64_t b, int64_t e) { cosine_forward(forward, b, e); }, kRows, threads);
     std::vector<Scalar> grad(kRows * kClasses), psi(kRows * kClasses);
