@@ -1,15 +1,11 @@
 #include "bindings/introspection.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <array>
 #include <sstream>
 #include <stdexcept>
 
-#include "sweep/chunk_plan.h"
-#include "sweep/operands.h"
-#include "sweep/settings.h"
+#include "torchmargin/settings.h"
 #include "torchmargin/torchmargin.h"
 
 namespace torchmargin::bindings {
@@ -105,30 +101,18 @@ Plan choose_plan(
   if (!cpu && cuda_architectures().empty()) {
     throw std::invalid_argument("torchmargin: this build has no CUDA kernels to plan for");
   }
-  const int64_t limit = get_workspace_limit(device_type);
-  const OperandFormat operands = choose_operands(cpu ? DeviceKind::cpu : DeviceKind::gpu, scalar, compute);
-  const c10::ScalarType acc = product_dtype(scalar);
-  const SweepSizes sizes{
-      rows,
-      features,
-      classes,
-      static_cast<int64_t>(c10::elementSize(acc)),
-      static_cast<int64_t>(c10::elementSize(operands.dtype)),
-      /*convert_weight=*/operands.unit || operands.dtype != scalar,
-      /*widen_gradients=*/acc != scalar,
-      cpu ? at::get_num_threads() : 1,
-      cpu ? kCpuTile : kGpuTile};
-  const ChunkPlan plan = choose_chunk_plan(sizes, limit);
+  const torchmargin::Plan plan =
+      torchmargin::plan(rows, features, classes, scalar, parse_device(device_type), compute);
   return {
       cpu ? "cpu-sweep" : "cuda-sweep",
       plan.lanes,
       plan.row_tile,
       plan.class_chunk,
       plan.input_splits,
-      name_of(operands.dtype),
+      name_of(plan.operand_dtype),
       plan.kept_classes,
       plan.scratch_bytes,
-      limit,
+      plan.workspace_limit,
       plan.fits};
 }
 

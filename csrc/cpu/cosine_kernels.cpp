@@ -65,19 +65,18 @@ void forward_row(const CosineForwardArgs& args, int64_t row, RowReader<Scalar>& 
     add(cosines + before + 1, count - before - 1);
   }
   const double target_logit = own.present ? context.margin.scale * own.value.psi : 0.0;
-  static_cast<T*>(args.other_lse)[row] = static_cast<T>(total.project());
-  static_cast<T*>(args.target_logit)[row] = static_cast<T>(target_logit);
-  static_cast<T*>(args.logit_sum)[row] =
-      static_cast<T>(args.with_logit_sum ? context.margin.scale * cosine_sum + target_logit : 0.0);
+  args.other_lse[row] = total.project();
+  args.target_logit[row] = target_logit;
+  args.logit_sum[row] = args.with_logit_sum ? context.margin.scale * cosine_sum + target_logit : 0.0;
 }
 
 template <typename Scalar>
 void backward_row(const CosineBackwardArgs& args, int64_t row, RowReader<Scalar>& reader, Acc<Scalar>* weights) {
   using T = Acc<Scalar>;
   const CosineContext& context = args.context;
-  const T other_lse = static_cast<const T*>(args.other_lse)[row];
+  const double other_lse = args.other_lse[row];
   // A row without other classes has nothing to give to them.
-  const double g_o = other_lse == -std::numeric_limits<T>::infinity() ? 0.0 : args.grad_other_lse[row];
+  const double g_o = other_lse == -std::numeric_limits<double>::infinity() ? 0.0 : args.grad_other_lse[row];
   const double g_z = args.grad_logit_sum[row];
   const OwnMargin own = own_margin<Scalar>(context, row);
   const double g_t = own.present ? args.grad_target_logit[row] + g_z : 0.0;

@@ -122,7 +122,7 @@ void softmax_range(const SoftmaxChunkArgs& args, c10::ScalarType acc, int64_t be
       }
       kernels.softmax_row(
           static_cast<const T*>(tile.logits) + i * tile.row_stride, out, tile.class_count, logit_map<T>(tile, i, 0),
-          static_cast<const T*>(args.other_lse)[i], args.times_class_factors && tile.class_factors != nullptr);
+          args.other_lse[i], args.times_class_factors && tile.class_factors != nullptr);
       const int64_t column = target_column(tile, i);
       if (column < tile.class_count) {
         out[column] = T(0);

@@ -130,14 +130,15 @@ BlockSum sum_block(const T* dots, int64_t size, LogitMap<T> map, bool bounded) {
   if (bounded) {
     return {0.0, static_cast<double>(sum_lanes<T>(sum)), static_cast<double>(maximum)};
   }
-  if (maximum == -infinity) { // every logit is -inf (a mask) or NaN
-    double nan_or_zero = 0.0;
+  // NB: z - maximum would be NaN. Every logit is -inf (a mask) or NaN, or one is +inf and so is the sum.
+  if (maximum == -infinity || maximum == infinity) {
+    double sum_or_nan = maximum == infinity ? 1.0 : 0.0;
     for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
       for (int lane = 0; lane < lanes; ++lane) {
-        nan_or_zero = z[lane] == z[lane] ? nan_or_zero : static_cast<double>(z[lane]);
+        sum_or_nan = z[lane] == z[lane] ? sum_or_nan : static_cast<double>(z[lane]);
       }
     });
-    return {static_cast<double>(maximum), nan_or_zero, static_cast<double>(maximum)};
+    return {static_cast<double>(maximum), sum_or_nan, static_cast<double>(maximum)};
   }
   for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
     sum += keep_lanes<T>(exp(z - maximum), lanes, T(0));
@@ -146,9 +147,12 @@ BlockSum sum_block(const T* dots, int64_t size, LogitMap<T> map, bool bounded) {
 }
 
 template <typename T>
-void softmax_row(const T* dots, T* out, int64_t size, LogitMap<T> map, T lse, bool times_inverse_norms) {
+void softmax_row(const T* dots, T* out, int64_t size, LogitMap<T> map, double lse, bool times_inverse_norms) {
+  const T high = static_cast<T>(lse);
+  const double rest = lse - static_cast<double>(high);
+  const T low = rest - rest == 0.0 ? static_cast<T>(rest) : T(0); // 0 where the lse is not finite
   for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T> inverse, int64_t j, int lanes) {
-    const Vector<T> exponent = z - lse;
+    const Vector<T> exponent = (z - high) - low;
     const Vector<T> q = exp(exponent) * (times_inverse_norms ? inverse : Vector<T>{} + T(1));
     const Vector<T> flushed = exponent < T(-50) ? Vector<T>{} : q; // NaN stays
     if (lanes == kLanes<T>) {

@@ -34,8 +34,9 @@ struct RowKernels {
   void (*add_row)(double* sum, const T* row, int64_t size, double factor);
   // `bounded`: the shift is 0, else the largest z. size <= kBlock.
   BlockSum (*sum_block)(const T* dots, int64_t size, LogitMap<T> map, bool bounded);
-  // out_j = exp(z_j - lse) (times inverse_norm_j), exactly 0 below exp(-50).
-  void (*softmax_row)(const T* dots, T* out, int64_t size, LogitMap<T> map, T lse, bool times_inverse_norms);
+  // out_j = exp(z_j - lse) (times inverse_norm_j), exactly 0 below exp(-50). The lse is not rounded to T: near the
+  // largest logit z - lse is exact, and so is the factor that all of the row share.
+  void (*softmax_row)(const T* dots, T* out, int64_t size, LogitMap<T> map, double lse, bool times_inverse_norms);
   // out = unscale (row - (row . w) inverse_norm^2 w): takes the part along w away; with
   // inverse_norm 0 nothing. `out` may be `row`.
   void (*project_row)(const T* row, const T* w, T* out, int64_t size, T inverse_norm, T unscale);

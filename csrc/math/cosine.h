@@ -30,6 +30,7 @@ extended_cosine_slope_at_the_end(const MarginParameters& parameters, const Angle
   const double phi = m1 * angle.theta + m2;
   switch (parameters.extension) {
     case Extension::linear:
+    case Extension::continuous:
       if (phi > kPi && m2 != 0.0) {
         return 1.0;
       }

@@ -35,6 +35,11 @@ extended_cosine(const MarginParameters& parameters, const Angle& angle, double m
         return {angle.cosine - m2 * std::sin(m2), -angle.sine, -(std::sin(m2) + m2 * std::cos(m2))};
       }
       break;
+    case Extension::continuous:
+      if (phi > kPi) {
+        return {angle.cosine - (1.0 - std::cos(m2)), -angle.sine, -std::sin(m2)};
+      }
+      break;
     case Extension::easy:
       if (!(angle.cosine > 0.0)) {
         return {angle.cosine, -angle.sine, 0.0};

@@ -16,13 +16,18 @@ struct OnlineLse {
   double sum = 0.0; // sum of exp(z - shift)
 
   TORCHMARGIN_HOST_DEVICE void combine(const OnlineLse& other) {
-    // A shift of -inf is an empty sum; exp(-inf - -inf) would make it NaN.
     if (other.shift > shift) {
-      sum = other.sum + (sum != 0.0 ? sum * std::exp(shift - other.shift) : 0.0);
+      sum = other.sum + rescaled(sum, shift, other.shift);
       shift = other.shift;
-    } else if (other.sum != 0.0) { // NaN passes
-      sum += other.shift == shift ? other.sum : other.sum * std::exp(other.shift - shift);
+    } else {
+      sum += rescaled(other.sum, other.shift, shift);
     }
+  }
+
+  // A sum relative to a larger shift. An empty or infinite one stays what it is: inf * exp(-1000) would be NaN.
+  // NaN passes.
+  TORCHMARGIN_HOST_DEVICE static double rescaled(double sum, double from, double to) {
+    return sum == 0.0 || std::isinf(sum) || from == to ? sum : sum * std::exp(from - to);
   }
 
   // The log-sum-exp; -inf for an empty sum.

@@ -17,12 +17,13 @@ struct Name {
   std::string_view text;
   int value;
 };
-constexpr std::array<Name, 5> kExtensions{
+constexpr std::array<Name, 6> kExtensions{
     {{"none", int(Extension::none)},
      {"linear", int(Extension::linear)},
      {"easy", int(Extension::easy)},
      {"clip", int(Extension::clip)},
-     {"monotonic", int(Extension::monotonic)}}};
+     {"monotonic", int(Extension::monotonic)},
+     {"continuous", int(Extension::continuous)}}};
 constexpr std::array<Name, 2> kMarginGradients{
     {{"exact", int(MarginGradient::exact)}, {"straight_through", int(MarginGradient::straight_through)}}};
 
@@ -53,7 +54,10 @@ void check_parameters(std::string_view op, const MarginParameters& margin) {
       margin.margin_weight >= 0 && margin.margin_weight <= 1, op, ": expected margin_weight in [0, 1], but got ",
       margin.margin_weight);
   TORCH_CHECK(
-      margin.m1 == 1.0 || (margin.extension != Extension::linear && margin.extension != Extension::easy), op,
+      margin.m1 == 1.0 ||
+          (margin.extension != Extension::linear && margin.extension != Extension::continuous &&
+           margin.extension != Extension::easy),
+      op,
       ": expected m1 = 1 with extension '", extension_name(margin.extension), "', but got m1 = ", margin.m1);
 }
 
@@ -100,7 +104,15 @@ MarginParameters make_margin_parameters(
   return margin;
 }
 
+void check_given(std::string_view op, const char* argument, const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.defined(), op, ": expected ", argument, " to be a tensor, but got none (None, or undefined in C++)");
+  TORCH_CHECK(
+      !tensor.is_nested(), op, ": expected ", argument,
+      " to be a dense tensor, but got a nested one; convert it with to_padded_tensor()");
+}
+
 void check_floating(std::string_view op, const char* argument, const at::Tensor& tensor) {
+  check_given(op, argument, tensor);
   const at::ScalarType dtype = tensor.scalar_type();
   TORCH_CHECK(
       dtype == at::kDouble || dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op, ": expected ",
@@ -140,6 +152,7 @@ void check_shape(
 }
 
 void check_target(std::string_view op, const at::Tensor& target, const at::Tensor& input) {
+  check_given(op, "target", target);
   check_device(op, "target", target, input);
   TORCH_CHECK(
       target.scalar_type() != at::kInt, op,

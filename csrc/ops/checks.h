@@ -23,6 +23,8 @@ MarginParameters make_margin_parameters(
     double margin_weight,
     std::string_view margin_gradient);
 
+// A C++ caller, or None from Python, may give no tensor where one is needed; nested tensors have no shape.
+void check_given(std::string_view op, const char* argument, const at::Tensor& tensor);
 void check_floating(std::string_view op, const char* argument, const at::Tensor& tensor);
 void check_device(std::string_view op, const char* argument, const at::Tensor& tensor, const at::Tensor& input);
 void check_like_input(std::string_view op, const char* argument, const at::Tensor& tensor, const at::Tensor& input);

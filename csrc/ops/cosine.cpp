@@ -19,7 +19,8 @@ at::Tensor margin_cross_entropy(
   const CosineProblem problem = make_cosine_problem(op, TORCHMARGIN_COSINE_ARGUMENTS);
   const CrossEntropyOptions options = make_cross_entropy_options(op, label_smoothing, ignore_index, reduction);
   const CosineResult result = call_cosine_forward(problem, ignore_index, /*with_logit_sum=*/label_smoothing > 0);
-  return cross_entropy(result.other_lse, result.target_logit, result.logit_sum, target, cosine.sym_size(1), options)
+  return cross_entropy(
+             result.other_lse, result.target_logit, result.logit_sum, target, cosine.sym_size(1), problem.acc(), options)
       .loss;
 }
 
@@ -28,6 +29,7 @@ at::Tensor margin_logits(
     const at::Tensor& weight,
     const std::optional<at::Tensor>& given_target,
     TORCHMARGIN_LINEAR_OPTION_PARAMETERS) {
+  check_given("margin_logits", "input", input);
   const at::Tensor target = given_target.has_value() && given_target->defined()
       ? *given_target
       : at::full_symint({input.dim() > 0 ? input.sym_size(0) : 0}, -1, input.options().dtype(at::kLong));

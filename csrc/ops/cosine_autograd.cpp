@@ -42,6 +42,9 @@ Formula cosine_formula_of(const CosineProblem& problem, const OptionalTensors& u
   return [=](const Tensors& inputs) {
     CosineProblem p = with_tensors(problem, inputs);
     p.cosine = without_unused_rows(p.cosine, upstream);
+    for (auto* sample : {&p.sample_m2, &p.sample_m3, &p.sample_margin_weight}) {
+      *sample = without_unused_rows(*sample, upstream);
+    }
     return results_of(cosine_formula(p));
   };
 }

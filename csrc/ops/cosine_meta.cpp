@@ -11,8 +11,8 @@ CosineTuple margin_cosine_forward_meta(
     TORCHMARGIN_COSINE_PARAMETERS,
     std::optional<int64_t> /*ignore_index*/,
     bool /*with_logit_sum*/) {
-  const CosineProblem problem = make_cosine_problem("_margin_cosine_forward", TORCHMARGIN_COSINE_ARGUMENTS);
-  const auto rows = [&] { return at::empty_symint({cosine.sym_size(0)}, cosine.options().dtype(problem.acc())); };
+  make_cosine_problem("_margin_cosine_forward", TORCHMARGIN_COSINE_ARGUMENTS);
+  const auto rows = [&] { return at::empty_symint({cosine.sym_size(0)}, cosine.options().dtype(at::kDouble)); };
   return {rows(), rows(), rows()};
 }
 

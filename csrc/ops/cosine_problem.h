@@ -57,7 +57,7 @@ CosineProblem make_cosine_problem(std::string_view op, TORCHMARGIN_COSINE_PARAME
 // The same for margin_transform: a cosine of any shape and no scale.
 MarginParameters check_transform(std::string_view op, const at::Tensor& cosine, TORCHMARGIN_MARGIN_PARAMETERS);
 
-// [B] acc each, as linear_margin_lse has them.
+// [B] float64 each: linear_margin_lse's first three.
 struct CosineResult {
   at::Tensor other_lse;
   at::Tensor target_logit;
@@ -65,7 +65,7 @@ struct CosineResult {
 };
 
 struct CosineBackwardRequest {
-  // Undefined means zero. [B] acc each.
+  // Undefined means zero. [B] each, any floating dtype.
   std::optional<at::Tensor> grad_other_lse;
   std::optional<at::Tensor> grad_target_logit;
   std::optional<at::Tensor> grad_logit_sum;

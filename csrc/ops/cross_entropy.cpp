@@ -49,21 +49,16 @@ CrossEntropy cross_entropy(
     const at::Tensor& logit_sum,
     const at::Tensor& target,
     const c10::SymInt& classes,
+    at::ScalarType acc,
     const CrossEntropyOptions& options) {
-  // NB: ignored rows are replaced before and after the arithmetic. Once would let
-  // 0 * NaN through to the gradients of an ignored row that holds NaN.
-  const at::Tensor valid = target.ne(options.ignore_index);
-  const at::Tensor zero = at::zeros({}, other_lse.options());
-  const at::Tensor own = at::where(valid, target_logit, zero);
-  const at::Tensor gap = at::where(valid, other_lse, zero) - own;
-  // NB: softplus(o - t) by logaddexp: F.softplus becomes the identity above 20, and
-  // lse - t has no digit left where the loss is small.
-  at::Tensor loss = at::logaddexp(zero, gap);
+  std::optional<at::Tensor> mean_logit;
   if (options.label_smoothing > 0) {
-    const at::Tensor mean_logit = at::where(valid, logit_sum, zero).div(at::Scalar(classes));
-    loss = loss + options.label_smoothing * (own - mean_logit);
+    mean_logit = logit_sum.div(at::Scalar(classes));
   }
-  return {valid, reduce(at::where(valid, loss, zero), valid, options.reduction)};
+  const at::Tensor loss =
+      call_row_loss(other_lse, target_logit, mean_logit, target, options.label_smoothing, options.ignore_index);
+  const at::Tensor valid = target.ne(options.ignore_index);
+  return {valid, reduce(loss, valid, options.reduction).to(acc)};
 }
 
 } // namespace torchmargin

@@ -111,14 +111,22 @@ Tensors second_derivatives(
 }
 
 at::Tensor without_unused_rows(const at::Tensor& input, const OptionalTensors& upstream) {
-  at::Tensor used = at::isfinite(input.detach()).all(1);
+  const bool matrix = input.dim() == 2;
+  at::Tensor used = at::isfinite(input.detach());
+  used = matrix ? used.all(1) : used;
   for (const auto& grad : upstream) {
     if (grad.has_value() && grad->defined()) {
       const at::Tensor present = grad->detach().ne(0);
       used = used.logical_or(present.dim() == 2 ? present.any(1) : present);
     }
   }
-  return at::where(used.unsqueeze(1), input, at::zeros({}, input.options().requires_grad(false)));
+  return at::where(matrix ? used.unsqueeze(1) : used, input, at::zeros({}, input.options().requires_grad(false)));
+}
+
+std::optional<at::Tensor> without_unused_rows(
+    const std::optional<at::Tensor>& sample,
+    const OptionalTensors& upstream) {
+  return sample.has_value() && sample->dim() == 1 ? std::optional(without_unused_rows(*sample, upstream)) : sample;
 }
 
 } // namespace torchmargin

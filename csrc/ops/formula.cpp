@@ -43,6 +43,7 @@ at::Tensor extended_cosine(
     const MarginParameters& margin,
     const at::Tensor& theta,
     const at::Tensor& cosine,
+    const at::Tensor& acute,
     const RowMargins& row) {
   if (row.plain) {
     return cosine;
@@ -53,8 +54,10 @@ at::Tensor extended_cosine(
       return phi.cos();
     case Extension::linear:
       return at::where(phi <= kPi, phi.cos(), cosine - row.m2 * row.m2.sin());
+    case Extension::continuous:
+      return at::where(phi <= kPi, phi.cos(), cosine - (1 - row.m2.cos()));
     case Extension::easy:
-      return at::where(cosine > 0, phi.cos(), cosine);
+      return at::where(acute, phi.cos(), cosine);
     case Extension::clip:
       return phi.clamp(0.0, kPi).cos();
     case Extension::monotonic:
@@ -64,9 +67,14 @@ at::Tensor extended_cosine(
   return (1 - 2 * at::remainder(k, 2)) * phi.cos() - 2 * k;
 }
 
-at::Tensor
-psi(const MarginParameters& margin, const at::Tensor& theta, const at::Tensor& cosine, const RowMargins& row) {
-  const at::Tensor value = cosine + row.mu * (extended_cosine(margin, theta, cosine, row) - row.m3 - cosine);
+// acute: is theta below a right angle? NB: the cosine of a right angle that was rounded is 6e-17.
+at::Tensor psi(
+    const MarginParameters& margin,
+    const at::Tensor& theta,
+    const at::Tensor& cosine,
+    const at::Tensor& acute,
+    const RowMargins& row) {
+  const at::Tensor value = cosine + row.mu * (extended_cosine(margin, theta, cosine, acute, row) - row.m3 - cosine);
   return margin.margin_gradient == MarginGradient::straight_through ? cosine + (value - cosine).detach() : value;
 }
 
@@ -109,7 +117,7 @@ TargetFormula target_formula(const LinearProblem& p, bool mark_seam) {
     value =
         ((p.normalize_input ? unit_x : x) * (p.normalize_weight ? unit_w : w)).sum(1) - alpha * beta * row.mu * row.m3;
   } else {
-    value = alpha * beta * psi(p.margin, theta, theta.cos(), row);
+    value = alpha * beta * psi(p.margin, theta, theta.cos(), /*acute=*/theta < kPi / 2, row);
     if (mark_seam) {
       at::Tensor seam = at::minimum(delta, sigma) <= kParallel;
       seam = p.normalize_input ? seam : seam.logical_or(zero_x);
@@ -139,11 +147,16 @@ at::Tensor own_class(const at::Tensor& logits, const at::Tensor& target) {
   return classes.unsqueeze(0).eq(target.unsqueeze(1));
 }
 
-// The three differentiable results from logits without a margin and the target's own.
+// The three differentiable results, float64, from logits without a margin and the target's own (float64).
 CosineResult results_of(const at::Tensor& logits, const at::Tensor& own, const at::Tensor& target_logit) {
-  const at::Tensor others = logits.masked_fill(own, -std::numeric_limits<double>::infinity());
+  const at::Tensor minus_infinity = number_like(logits, -std::numeric_limits<double>::infinity());
+  const at::Tensor others = at::where(own, minus_infinity, logits);
   const at::Tensor sum = logits.masked_fill(own, 0.0).sum(1);
-  return {at::logsumexp(others, at::IntArrayRef{1}), target_logit, sum + target_logit};
+  // NB: logsumexp of nothing but -inf is -inf, and its derivatives are NaN. Here they are 0.
+  const at::Tensor none = others.eq(minus_infinity).all(1);
+  const at::Tensor some = at::where(none.unsqueeze(1), number_like(logits, 0.0), others);
+  const at::Tensor lse = at::where(none, minus_infinity, at::logsumexp(some, at::IntArrayRef{1}));
+  return {lse.to(at::kDouble), target_logit, sum.to(at::kDouble) + target_logit};
 }
 
 } // namespace
@@ -152,7 +165,7 @@ ForwardResult linear_formula(const LinearProblem& p, bool mark_seam) {
   const TargetFormula target = target_formula(p, mark_seam);
   const at::Tensor logits = plain_logits(p);
   const at::Tensor own = own_class(logits, p.target);
-  const CosineResult results = results_of(logits, own, target.logit.to(p.acc()));
+  const CosineResult results = results_of(logits, own, target.logit);
   ForwardResult result;
   result.other_lse = results.other_lse;
   result.target_logit = results.target_logit;
@@ -178,7 +191,7 @@ at::Tensor psi_of_cosine(const at::Tensor& cosine, const MarginParameters& margi
   const at::Tensor wide = cosine.to(at::kDouble);
   const at::Tensor clamped = wide.clamp(-1.0, 1.0);
   const at::Tensor theta = 2 * at::atan2((1 - clamped).sqrt(), (1 + clamped).sqrt());
-  return psi(margin, theta, row.plain ? wide + (clamped - wide).detach() : clamped, row);
+  return psi(margin, theta, row.plain ? wide + (clamped - wide).detach() : clamped, /*acute=*/clamped > 0, row);
 }
 
 } // namespace
@@ -190,7 +203,7 @@ CosineResult cosine_formula(const CosineProblem& p) {
   const at::Tensor own_cosine = p.cosine.gather(1, place.unsqueeze(1)).squeeze(1);
   const at::Tensor value = p.margin.scale * psi_of_cosine(own_cosine, p.margin, row);
   const at::Tensor target_logit = at::where(present, value, at::zeros({}, value.options()));
-  return results_of(logits, own_class(logits, p.target), target_logit.to(p.acc()));
+  return results_of(logits, own_class(logits, p.target), target_logit);
 }
 
 at::Tensor transform_formula(const at::Tensor& cosine, const MarginParameters& margin) {

@@ -11,7 +11,7 @@
 #include "ops/problem.h"
 #include "sweep/chunk_plan.h"
 #include "sweep/class_sweep.h"
-#include "sweep/settings.h"
+#include "torchmargin/settings.h"
 
 namespace torchmargin {
 namespace {
@@ -39,7 +39,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_ma
   const LinearProblem problem = make_linear_problem("linear_margin_lse", TORCHMARGIN_LINEAR_ARGUMENTS);
   const ForwardResult result = call_linear_forward(
       problem, {.ignore_index = std::nullopt, .with_logit_sum = true, .kept_classes = choose_kept_classes(problem)});
-  return {result.other_lse, result.target_logit, result.logit_sum, result.target_angle, result.max_other_logit};
+  const at::ScalarType acc = problem.acc();
+  return {
+      result.other_lse.to(acc), result.target_logit.to(acc), result.logit_sum.to(acc), result.target_angle,
+      result.max_other_logit};
 }
 
 struct Loss {
@@ -59,7 +62,8 @@ Loss linear_loss(TORCHMARGIN_LOSS_PARAMETERS) {
        .kept_classes = choose_kept_classes(problem)});
   return {
       problem, result,
-      cross_entropy(result.other_lse, result.target_logit, result.logit_sum, target, weight.sym_size(0), options)};
+      cross_entropy(
+          result.other_lse, result.target_logit, result.logit_sum, target, weight.sym_size(0), problem.acc(), options)};
 }
 
 at::Tensor linear_margin_cross_entropy(TORCHMARGIN_LOSS_PARAMETERS) {
@@ -89,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_margin_cross_e
   const Loss loss = linear_loss(TORCHMARGIN_LOSS_ARGUMENTS);
   const at::NoGradGuard no_grad;
   const at::Tensor count = loss.entropy.valid.sum();
-  const at::Tensor zero = at::zeros({}, loss.result.other_lse.options());
+  const at::Tensor zero = at::zeros({}, loss.result.target_angle.options());
   const auto mean = [&](const at::Tensor& rows) { return at::where(loss.entropy.valid, rows, zero).sum() / count; };
   const at::Tensor right = plain_target_logit(loss).gt(loss.result.max_other_logit).to(zero.scalar_type());
   return {loss.entropy.loss, mean(loss.result.target_angle), mean(right), mean(loss.result.max_other_logit)};

@@ -52,11 +52,18 @@ Tensors results_of(const ForwardResult& result) {
   return {result.other_lse, result.target_logit, result.logit_sum};
 }
 
+void take_out_unused_rows(LinearProblem& p, const OptionalTensors& upstream) {
+  p.input = without_unused_rows(p.input, upstream);
+  for (auto* sample : {&p.sample_m2, &p.sample_m3, &p.sample_margin_weight}) {
+    *sample = without_unused_rows(*sample, upstream);
+  }
+}
+
 // The formula of the three differentiable results; rows without an upstream gradient are taken out.
 Formula lse_formula(const LinearProblem& problem, const OptionalTensors& upstream) {
   return [=](const Tensors& inputs) {
     LinearProblem p = with_tensors(problem, inputs);
-    p.input = without_unused_rows(p.input, upstream);
+    take_out_unused_rows(p, upstream);
     return results_of(linear_formula(p, /*mark_seam=*/true));
   };
 }
@@ -64,7 +71,7 @@ Formula lse_formula(const LinearProblem& problem, const OptionalTensors& upstrea
 Formula logits_formula_of(const LinearProblem& problem, const OptionalTensors& upstream) {
   return [=](const Tensors& inputs) {
     LinearProblem p = with_tensors(problem, inputs);
-    p.input = without_unused_rows(p.input, upstream);
+    take_out_unused_rows(p, upstream);
     return Tensors{logits_formula(p, /*mark_seam=*/true)};
   };
 }

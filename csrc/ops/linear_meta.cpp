@@ -16,15 +16,16 @@ ForwardTuple linear_margin_forward_meta(
     int64_t kept_classes) {
   const LinearProblem problem = make_linear_problem("_linear_margin_forward", TORCHMARGIN_LINEAR_ARGUMENTS);
   const auto options = input.options().dtype(problem.acc());
+  const auto wide = input.options().dtype(at::kDouble);
   const c10::SymInt rows = input.sym_size(0);
   const c10::SymInt kept = kept_classes == 0 ? 0 : kept_columns(c10::SymInt(kept_classes), weight.sym_size(0));
   const auto vector = [&](c10::SymInt size, at::TensorOptions opts) {
     return at::empty_symint({std::move(size)}, opts);
   };
   return to_tuple(ForwardResult{
-      vector(rows, options), vector(rows, options), vector(rows, options), vector(rows, options), vector(rows, options),
+      vector(rows, wide), vector(rows, wide), vector(rows, wide), vector(rows, options), vector(rows, options),
       at::empty_symint({rows, kept}, options), vector(normalize_weight ? weight.sym_size(0) : c10::SymInt(0), options),
-      vector(with_logit_sum ? input.sym_size(1) : c10::SymInt(0), input.options().dtype(at::kDouble))});
+      vector(with_logit_sum ? input.sym_size(1) : c10::SymInt(0), wide)});
 }
 
 BackwardTuple gradients_meta(const LinearProblem& problem, const std::array<bool, 5>& wanted) {

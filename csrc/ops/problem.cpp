@@ -14,7 +14,8 @@ void check_matrices(std::string_view op, const at::Tensor& input, const at::Tens
   check_like_input(op, "weight", weight, input);
   TORCH_CHECK(
       weight.dim() == 2 && weight.sym_size(1) == input.sym_size(1), op, ": expected weight to have shape [C, ",
-      input.sym_size(1), "], but got ", weight.sym_sizes());
+      input.sym_size(1), "], but got ", weight.sym_sizes(), ", for input of shape ", input.sym_sizes(),
+      ": both have D features");
   TORCH_CHECK(
       weight.sym_size(0) > 0, op, ": expected weight to hold at least one class, but got shape ", weight.sym_sizes());
   TORCH_CHECK(input.sym_size(1) > 0, op, ": expected at least one feature, but got input of shape ", input.sym_sizes());

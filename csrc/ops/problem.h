@@ -84,10 +84,11 @@ struct ForwardRequest {
 };
 
 struct ForwardResult {
-  at::Tensor other_lse; // [B] acc, as the five public results are
-  at::Tensor target_logit; // [B]
-  at::Tensor logit_sum; // [B]
-  at::Tensor target_angle; // [B]
+  // [B] float64: rounded, other_lse would be wrong in every softmax weight of its row.
+  at::Tensor other_lse;
+  at::Tensor target_logit;
+  at::Tensor logit_sum;
+  at::Tensor target_angle; // [B] acc
   at::Tensor max_other_logit; // [B]
   at::Tensor kept; // [B, kept_classes] acc: raw products, chunk after chunk
   at::Tensor inverse_norms; // [C] acc, or [0] if weights are taken as they are
@@ -95,7 +96,7 @@ struct ForwardResult {
 };
 
 struct BackwardRequest {
-  // Undefined means zero. [B] acc each.
+  // Undefined means zero. [B] each, any floating dtype.
   std::optional<at::Tensor> grad_other_lse;
   std::optional<at::Tensor> grad_target_logit;
   std::optional<at::Tensor> grad_logit_sum;

@@ -16,6 +16,10 @@ TORCH_LIBRARY(torchmargin, library) {
   // Private: the loss with what the modules report of a batch, 0-dim each.
   library.def("_linear_margin_cross_entropy_statistics(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_LOSS_SCHEMA
               ") -> (Tensor loss, Tensor target_angle, Tensor accuracy, Tensor hardest_negative_logit)");
+  // Private: the loss of each row from the forward's results. See ops/row_loss.cpp.
+  library.def(
+      "_margin_row_loss(Tensor other_lse, Tensor target_logit, Tensor? mean_logit, Tensor target, "
+      "float label_smoothing, int ignore_index) -> Tensor");
   // Private: the forward with what its backward needs, and that backward. See ops/problem.h.
   library.def("_linear_margin_forward(" TORCHMARGIN_LINEAR_SCHEMA
               ", int? ignore_index=None, bool with_logit_sum=True, int kept_classes=0) -> (Tensor other_lse, "

@@ -164,7 +164,7 @@ class BackwardSweep {
     // The bias alone needs Q itself; see multiply_bias.
     kernels_.softmax_chunk(
         {loop_.describe(logits, rows, classes, request_.inverse_norms, row_factors_),
-         rows_of(request_.other_lse, rows).data_ptr(), rows_of(upstream_.other_lse, rows).data_ptr<double>(),
+         rows_of(request_.other_lse, rows).data_ptr<double>(), rows_of(upstream_.other_lse, rows).data_ptr<double>(),
          /*times_class_factors=*/!want_bias_, softmax.data_ptr(), softmax.stride(0), softmax.scalar_type(),
          loop_.operands().softmax_scale},
         loop_.acc());
@@ -302,10 +302,12 @@ void check_request(const LinearProblem& problem, const BackwardRequest& request)
   if (request.grad_logit_sum.has_value()) {
     check_shape(op, "weight_sum", request.weight_sum, {problem.input.size(1)});
   }
-  for (const at::Tensor* tensor : {&request.other_lse, &request.kept, &request.inverse_norms}) {
+  for (const auto& [tensor, dtype] :
+       {std::pair{&request.other_lse, at::kDouble}, std::pair{&request.kept, problem.acc()},
+        std::pair{&request.inverse_norms, problem.acc()}}) {
     TORCH_CHECK(
-        tensor->scalar_type() == problem.acc(), op, ": expected the forward's results as it returned them, in ",
-        problem.acc(), ", but got ", tensor->scalar_type());
+        tensor->scalar_type() == dtype, op, ": expected the forward's results as it returned them, in ", dtype,
+        ", but got ", tensor->scalar_type());
   }
 }
 
@@ -335,7 +337,7 @@ sweep_logits_backward(const LinearProblem& problem, const LogitsBackwardRequest&
       std::nullopt,
       std::nullopt,
       std::nullopt,
-      /*other_lse=*/at::zeros({problem.input.size(0)}, options),
+      /*other_lse=*/at::zeros({problem.input.size(0)}, options.dtype(at::kDouble)),
       /*kept=*/at::empty({problem.input.size(0), 0}, options),
       request.inverse_norms.contiguous(),
       /*weight_sum=*/at::Tensor(),

@@ -11,7 +11,7 @@
 
 #include "sweep/class_sweep.h"
 #include "sweep/raw.h"
-#include "sweep/settings.h"
+#include "torchmargin/settings.h"
 
 namespace torchmargin {
 namespace {
@@ -137,6 +137,8 @@ at::Tensor ClassLoop::load_weight(
   const bool converts = operand.data_ptr() != rows.data_ptr();
   void* const norms =
       problem_.normalize_weight && inverse_norms.defined() ? rows_of(inverse_norms, classes).data_ptr() : nullptr;
+  // NB: the sum is made of rows times the norms that are written here.
+  TORCH_INTERNAL_ASSERT(weight_sum == nullptr || norms != nullptr || !problem_.normalize_weight);
   if (converts || norms != nullptr || weight_sum != nullptr) {
     kernels_.load_rows(
         {raw_matrix(rows), classes.count, sizes_.features, problem_.normalize_weight,

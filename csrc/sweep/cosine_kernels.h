@@ -17,14 +17,14 @@ struct CosineContext {
 struct CosineForwardArgs {
   CosineContext context;
   bool with_logit_sum; // false: logit_sum = 0
-  void* other_lse; // [B] acc each
-  void* target_logit;
-  void* logit_sum;
+  double* other_lse; // [B] each
+  double* target_logit;
+  double* logit_sum;
 };
 
 struct CosineBackwardArgs {
   CosineContext context;
-  const void* other_lse; // [B] acc
+  const double* other_lse; // [B]
   // Gradients of the three results, [B] float64.
   const double* grad_other_lse;
   const double* grad_target_logit;

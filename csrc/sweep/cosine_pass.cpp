@@ -21,11 +21,11 @@ CosineContext context_of(const CosineProblem& p, const at::Tensor& target) {
 CosineResult cosine_pass(const CosineProblem& problem, bool with_logit_sum, const CosineKernels& kernels) {
   const int64_t rows = problem.cosine.size(0);
   const at::Tensor target = problem.target.contiguous();
-  const auto vector = [&] { return at::empty({rows}, problem.cosine.options().dtype(problem.acc())); };
+  const auto vector = [&] { return at::empty({rows}, problem.cosine.options().dtype(at::kDouble)); };
   const CosineResult result{vector(), vector(), vector()};
   kernels.forward(
-      {context_of(problem, target), with_logit_sum, result.other_lse.data_ptr(), result.target_logit.data_ptr(),
-       result.logit_sum.data_ptr()},
+      {context_of(problem, target), with_logit_sum, result.other_lse.data_ptr<double>(),
+       result.target_logit.data_ptr<double>(), result.logit_sum.data_ptr<double>()},
       rows);
   return result;
 }
@@ -39,7 +39,7 @@ cosine_backward_pass(const CosineProblem& problem, const CosineBackwardRequest& 
   check_shape(op, "grad_logit_sum", request.grad_logit_sum, {rows});
   check_shape(op, "other_lse", request.other_lse, {rows});
   TORCH_CHECK(
-      request.other_lse.scalar_type() == problem.acc(), op, ": expected other_lse to be ", problem.acc(), ", but got ",
+      request.other_lse.scalar_type() == at::kDouble, op, ": expected other_lse to be Double, but got ",
       request.other_lse.scalar_type());
   const at::TensorOptions wide = problem.cosine.options().dtype(at::kDouble);
   const auto widen = [&](const std::optional<at::Tensor>& grad) {
@@ -58,7 +58,7 @@ cosine_backward_pass(const CosineProblem& problem, const CosineBackwardRequest& 
   const at::Tensor grad_m2 = sample_gradient(1, problem.sample_m2);
   const at::Tensor grad_m3 = sample_gradient(2, problem.sample_m3);
   kernels.backward(
-      {context_of(problem, target), other_lse.data_ptr(), pointer<double>(g_o), pointer<double>(g_t),
+      {context_of(problem, target), other_lse.data_ptr<double>(), pointer<double>(g_o), pointer<double>(g_t),
        pointer<double>(g_z), pointer(grad_cosine), pointer<double>(grad_m2), pointer<double>(grad_m3)},
       rows);
   const auto returned = [&](const at::Tensor& gradient, const std::optional<at::Tensor>& of) {

@@ -72,14 +72,16 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
 
   result.weight_sum = weight_sums.sum(0);
   const at::Tensor bias_sum = problem.bias.has_value() ? loop.bias()->sum(at::kDouble) : at::Tensor();
-  for (at::Tensor* vector :
-       {&result.other_lse, &result.target_logit, &result.logit_sum, &result.target_angle, &result.max_other_logit}) {
+  for (at::Tensor* vector : {&result.other_lse, &result.target_logit, &result.logit_sum}) {
+    *vector = loop.empty({sizes.rows}, at::kDouble);
+  }
+  for (at::Tensor* vector : {&result.target_angle, &result.max_other_logit}) {
     *vector = loop.empty({sizes.rows});
   }
   kernels.target_pass(
       {loop.context(), sizes.rows, lane_count, pointer<double>(shift), pointer<double>(sum), pointer<double>(maximum),
-       pointer<double>(result.weight_sum), pointer<double>(bias_sum), result.other_lse.data_ptr(),
-       result.target_logit.data_ptr(), result.logit_sum.data_ptr(), result.target_angle.data_ptr(),
+       pointer<double>(result.weight_sum), pointer<double>(bias_sum), result.other_lse.data_ptr<double>(),
+       result.target_logit.data_ptr<double>(), result.logit_sum.data_ptr<double>(), result.target_angle.data_ptr(),
        result.max_other_logit.data_ptr()},
       loop.acc());
   return result;

@@ -50,7 +50,7 @@ struct LoadRowsArgs {
   const double* row_factor; // [row_count] or nullptr: 1; a row with 0 counts as 0, whatever it holds
   const double* operand_scale; // [1] or nullptr: 1; a factor of a row that is below 2^-90 with it is 0
   void* inverse_norms; // [row_count] acc, or nullptr
-  double* sum; // [D] += rows times inverse norms times row_factor, or nullptr
+  double* sum; // [D] += rows times inverse norms times row_factor, or nullptr; with `normalize` it needs inverse_norms
 };
 
 // Raw products A . w, and what makes logits of them: z = scale * row_factor * class_factor * product + bias.
@@ -81,7 +81,7 @@ struct AccumulateChunkArgs {
 // denormal numbers out of the products).
 struct SoftmaxChunkArgs {
   LogitsTile tile; // read only; may be the same memory as `out` if that is acc
-  const void* other_lse; // [row_count] acc
+  const double* other_lse; // [row_count]
   const double* upstream; // [row_count] gradient of other_lse; a row with 0 is written as 0
   bool times_class_factors; // out = Q / |w_j|: the products then need no normalised weights
   void* out; // [row_count, class_count]
@@ -100,10 +100,10 @@ struct TargetPassArgs {
   const double* maximum;
   const double* weight_sum; // [D] sum of the (normalised) weights, or nullptr: logit_sum = 0
   const double* bias_sum; // [1] sum of the bias, or nullptr: 0
-  void* other_lse; // [B] acc each
-  void* target_logit;
-  void* logit_sum;
-  void* target_angle;
+  double* other_lse; // [B] each
+  double* target_logit;
+  double* logit_sum;
+  void* target_angle; // [B] acc each
   void* max_other_logit;
 };
 

@@ -16,13 +16,15 @@ namespace {
 // Each row's logit of its own class, [B] acc; 0 where it is absent.
 at::Tensor target_logits(const ClassLoop& loop) {
   const int64_t rows = loop.sizes().rows;
-  const at::Tensor results = loop.empty({5, rows});
-  const auto result = [&](int64_t index) { return results.select(0, index).data_ptr(); };
+  const at::Tensor wide = loop.double_zeros({3, rows});
+  const at::Tensor others = loop.empty({2, rows});
+  const auto result = [&](int64_t index) { return wide.select(0, index).data_ptr<double>(); };
   loop.kernels().target_pass(
       {loop.context(), rows, /*lanes=*/0, /*shift=*/nullptr, /*sum=*/nullptr, /*maximum=*/nullptr,
-       /*weight_sum=*/nullptr, /*bias_sum=*/nullptr, result(0), result(1), result(2), result(3), result(4)},
+       /*weight_sum=*/nullptr, /*bias_sum=*/nullptr, result(0), result(1), result(2), others.select(0, 0).data_ptr(),
+       others.select(0, 1).data_ptr()},
       loop.acc());
-  return results.select(0, 1);
+  return wide.select(0, 1).to(loop.acc());
 }
 
 } // namespace

@@ -43,9 +43,9 @@ TORCHMARGIN_HOST_DEVICE void target_pass_row(const TargetPassArgs& args, int64_t
     return;
   }
   const double other_lse = total.project();
-  static_cast<T*>(args.other_lse)[i] = static_cast<T>(other_lse);
-  static_cast<T*>(args.target_logit)[i] = static_cast<T>(target_logit);
-  static_cast<T*>(args.logit_sum)[i] = static_cast<T>(logit_sum);
+  args.other_lse[i] = other_lse;
+  args.target_logit[i] = target_logit;
+  args.logit_sum[i] = logit_sum;
   static_cast<T*>(args.target_angle)[i] = static_cast<T>(row.present ? row.angle.theta : 0.0);
   // The maximum passed NaN over; the sum did not.
   static_cast<T*>(args.max_other_logit)[i] = static_cast<T>(std::isnan(other_lse) ? other_lse : maximum);

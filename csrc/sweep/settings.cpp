@@ -1,8 +1,12 @@
-#include "sweep/settings.h"
+#include "torchmargin/settings.h"
 
+#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
 #include <atomic>
+
+#include "sweep/chunk_plan.h"
+#include "sweep/operands.h"
 
 namespace torchmargin {
 namespace {
@@ -14,6 +18,12 @@ std::atomic<int64_t>& limit_of(c10::DeviceType device) {
   return device == c10::DeviceType::CUDA ? cuda : cpu;
 }
 
+void check_device_type(const char* what, c10::DeviceType device) {
+  TORCH_CHECK_VALUE(
+      device == c10::DeviceType::CPU || device == c10::DeviceType::CUDA, "torchmargin: expected ", what,
+      " for cpu or cuda, but got device type ", device);
+}
+
 } // namespace
 
 int64_t workspace_limit(c10::DeviceType device) {
@@ -21,12 +31,59 @@ int64_t workspace_limit(c10::DeviceType device) {
 }
 
 void set_workspace_limit(c10::DeviceType device, int64_t bytes) {
-  TORCH_CHECK_VALUE(
-      device == c10::DeviceType::CPU || device == c10::DeviceType::CUDA,
-      "torchmargin: expected a workspace limit for cpu or cuda, but got device type ", device);
+  check_device_type("a workspace limit", device);
   TORCH_CHECK_VALUE(
       bytes > 0, "torchmargin: expected the workspace limit to be a positive number of bytes, but got ", bytes);
   limit_of(device).store(bytes, std::memory_order_relaxed);
+}
+
+Plan plan(
+    int64_t batch,
+    int64_t features,
+    int64_t classes,
+    c10::ScalarType dtype,
+    c10::DeviceType device,
+    std::optional<c10::ScalarType> compute_dtype) {
+  using c10::ScalarType;
+  check_device_type("a plan", device);
+  TORCH_CHECK_VALUE(
+      batch >= 0 && features >= 1 && classes >= 1, "torchmargin: expected B >= 0, D >= 1 and C >= 1, but got B = ",
+      batch, ", D = ", features, ", C = ", classes);
+  const auto narrow = [](ScalarType type) {
+    return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+  };
+  TORCH_CHECK_VALUE(
+      dtype == ScalarType::Double || narrow(dtype),
+      "torchmargin: expected dtype float64, float32, bfloat16 or float16, but got ", dtype);
+  TORCH_CHECK_VALUE(
+      !compute_dtype.has_value() || (dtype == ScalarType::Float && narrow(*compute_dtype)),
+      "torchmargin: expected compute_dtype float16, bfloat16 or float32, with dtype float32 only, but got ",
+      compute_dtype.value_or(ScalarType::Undefined), " with ", dtype);
+  const bool cpu = device == c10::DeviceType::CPU;
+  const OperandFormat operands = choose_operands(cpu ? DeviceKind::cpu : DeviceKind::gpu, dtype, compute_dtype);
+  const ScalarType acc = product_dtype(dtype);
+  const SweepSizes sizes{
+      batch,
+      features,
+      classes,
+      static_cast<int64_t>(c10::elementSize(acc)),
+      static_cast<int64_t>(c10::elementSize(operands.dtype)),
+      /*convert_weight=*/operands.unit || operands.dtype != dtype,
+      /*widen_gradients=*/acc != dtype,
+      cpu ? at::get_num_threads() : 1,
+      cpu ? kCpuTile : kGpuTile};
+  const int64_t limit = workspace_limit(device);
+  const ChunkPlan chosen = choose_chunk_plan(sizes, limit);
+  return {
+      chosen.lanes,
+      chosen.row_tile,
+      chosen.class_chunk,
+      chosen.input_splits,
+      operands.dtype,
+      chosen.kept_classes,
+      chosen.scratch_bytes,
+      limit,
+      chosen.fits};
 }
 
 } // namespace torchmargin

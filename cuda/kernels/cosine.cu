@@ -54,10 +54,9 @@ __global__ void cosine_forward_kernel(CosineForwardArgs args) {
     const double target_logit = own.present ? context.margin.scale * own.value.psi : 0.0;
     OnlineLse total;
     total.combine(others.lse);
-    static_cast<T*>(args.other_lse)[i] = static_cast<T>(total.project());
-    static_cast<T*>(args.target_logit)[i] = static_cast<T>(target_logit);
-    static_cast<T*>(args.logit_sum)[i] =
-        static_cast<T>(args.with_logit_sum ? context.margin.scale * sum + target_logit : 0.0);
+    args.other_lse[i] = total.project();
+    args.target_logit[i] = target_logit;
+    args.logit_sum[i] = args.with_logit_sum ? context.margin.scale * sum + target_logit : 0.0;
   }
 }
 
@@ -67,9 +66,9 @@ __global__ void cosine_backward_kernel(CosineBackwardArgs args) {
   const int64_t i = blockIdx.x;
   const CosineRow<Scalar, T> row(context, i);
   constexpr int kCount = CosineRow<Scalar, T>::kCount;
-  const T other_lse = static_cast<const T*>(args.other_lse)[i];
+  const SplitLse<T> other_lse(args.other_lse[i]);
   // A row without other classes has nothing to give to them.
-  const double g_o = isinf(other_lse) && other_lse < T(0) ? 0.0 : args.grad_other_lse[i];
+  const double g_o = args.other_lse[i] == -INFINITY ? 0.0 : args.grad_other_lse[i];
   const double g_z = args.grad_logit_sum[i];
   const OwnMargin own = own_margin<Scalar>(context, i);
   const double g_t = own.present ? args.grad_target_logit[i] + g_z : 0.0;

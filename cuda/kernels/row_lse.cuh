@@ -11,6 +11,12 @@ struct RowLse {
   double maximum;
 };
 
+// A sum relative to a shift that is larger by -gap. An empty or infinite one stays what it is: inf * 0 would be NaN.
+template <typename T>
+__device__ double rescaled(double sum, T gap) {
+  return sum == 0.0 || isinf(sum) ? sum : sum * static_cast<double>(exp(gap));
+}
+
 // What the warps of a block tell each other.
 constexpr int kRowLseScratch = 3 * kWarps;
 
@@ -33,7 +39,7 @@ __device__ RowLse row_lse(const Logits& logits, int64_t count, int64_t skip, boo
     largest = of_group > largest ? of_group : largest;
     // NB: an infinite shift would make inf - inf of the largest term.
     if (!bounded && isfinite(of_group) && (of_group > shift || sum == 0.0)) {
-      sum = sum == 0.0 ? 0.0 : sum * static_cast<double>(exp(shift - of_group));
+      sum = rescaled(sum, shift - of_group);
       shift = of_group;
     }
     T partial = T(0);
@@ -45,7 +51,7 @@ __device__ RowLse row_lse(const Logits& logits, int64_t count, int64_t skip, boo
   }
   if (!bounded) { // to the largest shift of the warp
     const T common = warp_max(sum != 0.0 ? shift : nothing);
-    sum = sum != 0.0 ? sum * static_cast<double>(exp(shift - common)) : 0.0;
+    sum = rescaled(sum, shift - common);
     shift = common;
   }
   sum = warp_sum(sum);

@@ -21,7 +21,7 @@ __global__ void softmax_chunk_kernel(SoftmaxChunkArgs args) {
   const T out_scale = static_cast<T>(args.out_scale);
   for (int64_t i = blockIdx.y; i < tile.row_count; i += gridDim.y) {
     const TileRow<T> row(tile, i);
-    const T other_lse = static_cast<const T*>(args.other_lse)[i];
+    const SplitLse<T> other_lse(args.other_lse[i]);
     const bool nothing = args.upstream[i] == 0.0; // even if the row holds NaN
     const Elements<T, kCount> z = row.logits(j, columns);
     Elements<Out, kCount> out;

@@ -54,10 +54,23 @@ struct TileRow {
   }
 };
 
+// A row's log-sum-exp in two parts, for it is not rounded to T: near the largest logit z - lse is exact, and so is
+// the factor that all softmax weights of the row share.
+template <typename T>
+struct SplitLse {
+  T high;
+  T low; // 0 where the whole is not finite
+
+  __device__ explicit SplitLse(double lse) : high(static_cast<T>(lse)), low(T(0)) {
+    const double rest = lse - static_cast<double>(high);
+    low = isfinite(rest) ? static_cast<T>(rest) : T(0);
+  }
+};
+
 // Q below exp(-50) is exactly 0; a comparison that lets NaN through.
 template <typename T>
-__device__ T softmax_weight(T logit, T other_lse) {
-  const T gap = logit - other_lse;
+__device__ T softmax_weight(T logit, const SplitLse<T>& other_lse) {
+  const T gap = (logit - other_lse.high) - other_lse.low;
   return gap < T(-50) ? T(0) : exp(gap);
 }
 

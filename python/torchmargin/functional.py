@@ -19,8 +19,9 @@ target's weight, and mu = margin_weight * sample_margin_weight:
     z_j          = scale x.w_j + bias_j              for the other classes j
 
 ``extension`` says what E is where cos would rise again: "none" (cos itself), "linear"
-(ArcFace's paper), "easy", "clip" (AdaFace), "monotonic" (SphereFace). ``margin_gradient`` is
-"exact" or "straight_through" (the gradient of cos(theta), as InsightFace has it).
+(ArcFace's paper), "continuous" (cos(theta) - (1 - cos(m2)), wespeaker), "easy", "clip" (AdaFace),
+"monotonic" (SphereFace). ``margin_gradient`` is "exact" or "straight_through" (the gradient of
+cos(theta), as InsightFace has it).
 """
 
 from __future__ import annotations

@@ -68,15 +68,33 @@ def psi(
     margin_gradient: str = "exact",
 ) -> Tensor:
     """The target's cosine with its margin, at the angle ``theta`` (radians)."""
-    m2 = torch.as_tensor(m2, dtype=theta.dtype, device=theta.device)
-    cosine = torch.cos(theta)
+    # NB: not cos(theta) > 0, the cosine of a right angle that was rounded is 6e-17.
+    return _psi(theta, torch.cos(theta), theta < math.pi / 2, m1, m2, m3, extension, margin_weight, margin_gradient)
+
+
+def _psi(
+    theta: Tensor,
+    cosine: Tensor,
+    acute: Tensor,
+    m1: float = 1.0,
+    m2: float | Tensor = 0.0,
+    m3: float | Tensor = 0.0,
+    extension: str = "none",
+    margin_weight: float | Tensor = 1.0,
+    margin_gradient: str = "exact",
+) -> Tensor:
+    m2, m3, margin_weight = (
+        torch.as_tensor(number, dtype=theta.dtype, device=theta.device) for number in (m2, m3, margin_weight)
+    )
     phi = m1 * theta + m2
     if extension == "none":
         extended = torch.cos(phi)
     elif extension == "linear":
         extended = torch.where(phi <= math.pi, torch.cos(phi), cosine - m2 * torch.sin(m2))
+    elif extension == "continuous":
+        extended = torch.where(phi <= math.pi, torch.cos(phi), cosine - (1 - torch.cos(m2)))
     elif extension == "easy":
-        extended = torch.where(cosine > 0, torch.cos(phi), cosine)
+        extended = torch.where(acute, torch.cos(phi), cosine)
     elif extension == "clip":
         extended = torch.cos(phi.clamp(0, math.pi))
     elif extension == "monotonic":
@@ -110,10 +128,13 @@ def _logits_and_angles(
     normalize_weight: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The logits [B, C] with the margin at each row's target, and the target angles [B]."""
+    if torch.is_autocast_enabled(weight.device.type):  # as the op: everything in the weight's dtype
+        input, bias = input.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
     unit_x, unit_w = _unit(input), _unit(weight)
     a = unit_x if normalize_input else input
     b = unit_w if normalize_weight else weight
-    logits = scale * F.linear(a, b) + (0 if bias is None else bias)
+    with torch.autocast(weight.device.type, enabled=False):
+        logits = scale * F.linear(a, b) + (0 if bias is None else bias)
     present = (target >= 0) & (target < weight.shape[0])
     y = torch.where(present, target, 0)
 
@@ -178,7 +199,8 @@ def margin_logits(
 def margin_transform(cosine: Tensor, **margin) -> Tensor:
     """psi of cosines of any shape; past +-1 they count as +-1."""
     clamped = cosine.clamp(-1, 1)
-    return psi(2 * torch.atan2((1 - clamped).sqrt(), (1 + clamped).sqrt()), **margin)
+    theta = 2 * torch.atan2((1 - clamped).sqrt(), (1 + clamped).sqrt())
+    return _psi(theta, torch.cos(theta), clamped > 0, **margin)
 
 
 def margin_cross_entropy(
@@ -198,6 +220,8 @@ def margin_cross_entropy(
     **margin,
 ) -> Tensor:
     """The loss from cosines [B, C]: the target's becomes psi, all are scaled, then cross_entropy."""
+    if torch.is_autocast_enabled(cosine.device.type) and cosine.dtype != torch.float64:
+        cosine = cosine.float()
     present = (target >= 0) & (target < cosine.shape[1])
     y = torch.where(present, target, 0).unsqueeze(1)
     own = margin_transform(

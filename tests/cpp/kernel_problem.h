@@ -47,7 +47,7 @@ struct KernelProblem {
   std::vector<T> inverse_norms = std::vector<T>(classes);
   std::vector<T> row_factors = std::vector<T>(rows, T(1.25));
   std::vector<T> bias = random_values<T>(classes, 10);
-  std::vector<T> other_lse = std::vector<T>(rows, T(9));
+  std::vector<double> other_lse = std::vector<double>(rows, 9.0 + 1e-7); // not a number of float32
   std::vector<double> upstream = random_values<double>(rows, 4);
   std::vector<double> weight_sum = random_values<double>(features, 5);
   std::vector<int64_t> target = std::vector<int64_t>(rows);

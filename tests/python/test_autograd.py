@@ -9,7 +9,7 @@ from torchmargin import reference
 from conftest import problem
 
 
-@pytest.mark.parametrize("extension", ["none", "linear", "easy", "clip", "monotonic"])
+@pytest.mark.parametrize("extension", ["none", "linear", "continuous", "easy", "clip", "monotonic"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gradcheck(extension, normalize, workspace):
     x, w, y, b = problem(*workspace, bias=True)
@@ -33,7 +33,7 @@ def test_gradcheck_of_the_loss(workspace):
     assert torch.autograd.gradcheck(loss, (x, w, b))
 
 
-EXTENSIONS = ["none", "linear", "easy", "clip", "monotonic"]
+EXTENSIONS = ["none", "linear", "continuous", "easy", "clip", "monotonic"]
 
 
 def _cosines(rows, classes):
@@ -126,6 +126,34 @@ def test_third_derivatives(op):
         got = third(F.margin_cross_entropy(cosine, y, scale=3.0, m2=0.2), cosine)
         expected = third(reference.margin_cross_entropy(cosine, y, scale=3.0, m2=0.2), cosine)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops over the op
+@pytest.mark.parametrize("mode", ["jvp", "forward over forward", "reverse over reverse", "hessian"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("form", ["linear", "cosine"])
+def test_one_class_has_no_derivatives_of_any_order(form, label_smoothing, mode):
+    """The loss of one class is 0 for every input, and so is whatever is derived of it."""
+    x, w, _, _ = problem(5, 4, 1)
+    y = torch.zeros(5, dtype=torch.long)
+
+    def loss(x):
+        if form == "cosine":
+            return F.margin_cross_entropy(x[:, :1].tanh(), y, scale=4.0, m2=0.3, label_smoothing=label_smoothing)
+        return F.linear_margin_cross_entropy(x, w, y, scale=4.0, m2=0.3, label_smoothing=label_smoothing)
+
+    x, direction = x.detach(), torch.randn(5, 4, dtype=torch.float64)
+    if mode == "jvp":
+        found = torch.func.jvp(loss, (x,), (direction,))
+    elif mode == "forward over forward":
+        found = torch.func.jvp(lambda x: torch.func.jvp(loss, (x,), (direction,))[1], (x,), (direction,))
+    elif mode == "hessian":
+        found = (torch.func.hessian(loss)(x),)
+    else:
+        x.requires_grad_()
+        (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        found = (first, *torch.autograd.grad(first.square().sum() + first.sum(), x))
+    assert all((value == 0).all() for value in found)
 
 
 def test_one_tensor_as_input_and_weight():

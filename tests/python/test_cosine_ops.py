@@ -10,7 +10,7 @@ from torchmargin import reference
 
 from conftest import gradients, problem
 
-EXTENSIONS = ["none", "linear", "easy", "clip", "monotonic"]
+EXTENSIONS = ["none", "linear", "continuous", "easy", "clip", "monotonic"]
 
 
 def test_published_values_of_paddle():
@@ -20,6 +20,21 @@ def test_published_values_of_paddle():
     loss = F.margin_cross_entropy(cosine, torch.tensor([1, 0]), scale=64.0, m2=0.5, reduction="none")
     # Theirs are float32 results of logits near 60: 4e-6 apart at the most.
     torch.testing.assert_close(loss, torch.tensor([61.94391901, 93.30853839]), rtol=1e-6, atol=0)
+
+
+def test_the_published_continuation_of_wespeaker():
+    """theta = 3.1, m = 0.2, s = 32: 32 (cos(3.1) - (1 + cos(pi - 0.2))), and no jump at theta + m = pi."""
+    m = 0.2
+    x = torch.tensor([[math.cos(3.1), math.sin(3.1)]], dtype=torch.float64)
+    w, y = torch.eye(2, dtype=torch.float64), torch.tensor([0])
+    margin = {"m2": m, "extension": "continuous"}
+    logit = F.linear_margin_lse(x, w, y, scale=32.0, **margin).target_logit
+    expected = 32 * (math.cos(3.1) - (1 + math.cos(math.pi - m)))
+    assert abs(expected + 32.610) < 5e-4 and abs(logit.item() - expected) < 1e-12
+    assert abs(32 * F.margin_transform(x[:, 0], **margin).item() - expected) < 1e-12
+    seam = torch.tensor([math.pi - m - 1e-9, math.pi - m + 1e-9], dtype=torch.float64).cos()
+    before, past = F.margin_transform(seam, **margin)
+    assert abs(before - past) < 1e-9 and abs(past + 1) < 1e-9
 
 
 @pytest.mark.parametrize("extension", EXTENSIONS)
@@ -65,6 +80,7 @@ def test_multiplied_angles_agree_with_the_reference(m1):
         ({"m1": 4.0, "extension": "monotonic"}, 16.0, 16.0),
         ({"m2": 0.5}, math.cos(0.5), math.cos(0.5)),
         ({"m2": 0.5, "extension": "linear"}, math.cos(0.5), 1.0),
+        ({"m2": 0.5, "extension": "continuous"}, math.cos(0.5), 1.0),
         ({"m2": 0.5, "extension": "easy"}, math.cos(0.5), 1.0),
         ({"m2": 0.5, "extension": "clip"}, math.cos(0.5), 0.0),
         ({"m2": 0.5, "margin_weight": 0.25}, 0.75 + 0.25 * math.cos(0.5), 0.75 + 0.25 * math.cos(0.5)),
@@ -99,6 +115,52 @@ def test_without_an_angle_it_is_the_cosine_itself():
     cosine = 2 * torch.rand(1000, dtype=torch.float64) - 1
     for extension in EXTENSIONS:
         assert torch.equal(F.margin_transform(cosine, extension=extension), cosine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_easy_at_a_right_angle_has_no_margin(dtype):
+    """cos(theta) = 0 exactly, from a cosine, from orthogonal rows and from a zero row: the cosine is not above 0."""
+    margin = {"m2": 0.5, "extension": "easy", "scale": 64.0}
+    cosine = torch.zeros(1, 3, dtype=dtype)
+    w = torch.eye(3, dtype=dtype)
+    for module in (F, reference):
+        loss = module.margin_cross_entropy(cosine, torch.tensor([1]), **margin)
+        torch.testing.assert_close(loss, torch.tensor(math.log(3), dtype=dtype))
+        assert module.margin_transform(cosine, m2=0.5, extension="easy").abs().max() < 1e-7
+        for x in (torch.zeros(1, 3, dtype=dtype), torch.tensor([[0.0, 0.0, 2.0]], dtype=dtype)):
+            logit = module.linear_margin_lse(x, w, torch.tensor([1]), **margin).target_logit
+            assert logit.abs() < 1e-5
+            expected = torch.logsumexp(torch.tensor([0.0, 0.0, 64.0 * x[0, 2].sign()], dtype=dtype), 0)
+            loss = module.linear_margin_cross_entropy(x, w, torch.tensor([1]), **margin)
+            torch.testing.assert_close(loss, expected)
+
+
+def test_easy_at_a_right_angle_in_forward_mode():
+    """The ops' formula has the same branch as the op: the tangent is that of cos(theta) itself."""
+    w, y = torch.eye(3, dtype=torch.float64), torch.tensor([1])
+    x, direction = torch.tensor([[0.0, 0.0, 2.0]], dtype=torch.float64), torch.tensor([[0.0, 1.0, 0.0]]).double()
+    logit = lambda x: F.linear_margin_lse(x, w, y, scale=4.0, m2=0.5, extension="easy").target_logit  # noqa: E731
+    value, tangent = torch.func.jvp(logit, (x,), (direction,))
+    torch.testing.assert_close(value, logit(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(tangent, torch.tensor([2.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_the_reference_runs_under_autocast(samples):
+    """With the op's rules: the weight's dtype, float64 margins beside it, nothing rounded to 16 bits."""
+    x, w, y, b = (None if t is None else t.detach() for t in problem(dtype=torch.float32, bias=True))
+    given = {"sample_m2": torch.full((9,), 0.3, dtype=torch.float64)} if samples else {"m2": 0.3}
+    cosine = (torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(w).T).bfloat16()
+    with torch.autocast("cpu"):
+        for call in (
+            lambda module: module.linear_margin_cross_entropy(x.bfloat16(), w, y, b, scale=8.0, **given),
+            lambda module: module.margin_logits(x.bfloat16(), w, y, b, scale=8.0, **given),
+            lambda module: module.linear_margin_lse(x, w, y, scale=8.0, **given).other_lse,
+            lambda module: module.margin_cross_entropy(cosine, y, scale=8.0, **given),
+        ):
+            got, expected = call(F), call(reference)
+            assert got.dtype == expected.dtype == torch.float32
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nan_stays():

@@ -151,7 +151,7 @@ def test_founding_losses(loss):
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("extension", ["none", "linear", "easy", "clip", "monotonic"])
+@pytest.mark.parametrize("extension", ["none", "linear", "continuous", "easy", "clip", "monotonic"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gradcheck_and_gradgradcheck(extension, normalize):
     x, w, y, b = problem(5, 4, 7, bias=True)

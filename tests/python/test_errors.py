@@ -19,10 +19,13 @@ def _good():
 
 # What to change in a good call, and what the text must say.
 BAD = {
+    "input none": ({"input": None}, "expected input to be a tensor, but got none"),
+    "weight none": ({"weight": None}, "expected weight to be a tensor, but got none"),
+    "target none": ({"target": None}, "expected target to be a tensor, but got none"),
     "input rank": ({"input": X[0]}, r"expected input to have shape \[B, D\], but got \[6\]"),
     "input dtype": ({"input": X.long()}, r"expected input to be float64, float32, bfloat16 or float16, but got Long"),
     "input complex": ({"input": X + 0j}, r"expected input to be float64, .*but got ComplexFloat"),
-    "weight shape": ({"weight": W[:, :5]}, r"expected weight to have shape \[C, 6\], but got \[9, 5\]"),
+    "weight shape": ({"weight": W[:, :5]}, r"expected weight to have shape \[C, 6\], but got \[9, 5\], for input of shape \[4, 6\]"),
     "weight rank": ({"weight": W[0]}, r"expected weight to have shape \[C, 6\], but got \[6\]"),
     "weight dtype": ({"weight": W.double()}, r"expected weight to have the dtype of input, Float, but got Double"),
     "no classes": ({"weight": W[:0]}, r"expected weight to hold at least one class, but got shape \[0, 6\]"),
@@ -68,9 +71,13 @@ BAD = {
     "margin_weight": ({"margin_weight": 1.5}, r"expected margin_weight in \[0, 1\], but got 1.5"),
     "linear with m1": ({"m1": 2.0, "extension": "linear"}, r"expected m1 = 1 with extension 'linear', but got m1 = 2"),
     "easy with m1": ({"m1": 2.0, "extension": "easy"}, r"expected m1 = 1 with extension 'easy', but got m1 = 2"),
+    "continuous with m1": (
+        {"m1": 2.0, "extension": "continuous"},
+        r"expected m1 = 1 with extension 'continuous', but got m1 = 2",
+    ),
     "extension": (
         {"extension": "soft"},
-        r"expected extension to be one of 'none', 'linear', 'easy', 'clip', 'monotonic', but got 'soft'",
+        r"expected extension to be one of 'none', 'linear', 'easy', 'clip', 'monotonic', 'continuous', but got 'soft'",
     ),
     "margin_gradient": (
         {"margin_gradient": "approximate"},
@@ -124,6 +131,52 @@ def test_bad_arguments_under_compile():
     step = torch.compile(lambda x, w, y: F.linear_margin_cross_entropy(x, w, y), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"expected weight to have shape \[C, 6\], but got \[9, 5\]"):
         step(X, W[:, :5], Y)
+
+
+def _calls(**change):
+    """Every public op with one argument changed: (op, call) of those that have it."""
+    linear = {**_good(), **{k: v for k, v in change.items() if k != "cosine"}}
+    cosine = {"cosine": torch.rand(4, 9), "target": Y, **{k: v for k, v in change.items() if k not in ("input", "weight")}}
+    (name,) = change
+    if name != "cosine":
+        yield LSE, lambda: F.linear_margin_lse(**linear)
+        yield LOSS, lambda: F.linear_margin_cross_entropy(**linear)
+        yield LOSS, lambda: torch.ops.torchmargin._linear_margin_cross_entropy_statistics(**linear)
+        if not (name == "target" and change[name] is None):  # which means no target there
+            yield "margin_logits", lambda: F.margin_logits(**linear)
+    if name in ("cosine", "target"):
+        yield "margin_cross_entropy", lambda: F.margin_cross_entropy(**cosine)
+    if name == "cosine":
+        yield "margin_transform", lambda: F.margin_transform(change["cosine"])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["input", "weight", "target", "cosine"])
+def test_no_tensor_is_named(name, autocast):
+    for op, call in _calls(**{name: None}):
+        with torch.autocast("cpu", enabled=autocast):
+            with pytest.raises(RuntimeError, match=f"^{op}: expected {name} to be a tensor, but got none"):
+                call()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("name", ["input", "weight", "target", "cosine"])
+def test_a_nested_tensor_is_named(name, layout):
+    rows = [torch.arange(n) if name == "target" else torch.rand(n, 6) for n in (1, 3)]
+    nested = torch.nested.nested_tensor(rows, layout=layout)
+    for op, call in _calls(**{name: nested}):
+        with pytest.raises(RuntimeError, match=f"^{op}: expected {name} to be a dense tensor, but got a nested one"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "target", "cosine"])
+def test_what_is_no_tensor_at_all_is_named(name):
+    """Torch's own text, which names the op and the argument."""
+    for value in ([[0.0] * 6] * 4, X.numpy(), 1.0):
+        for op, call in _calls(**{name: value}):
+            with pytest.raises((RuntimeError, TypeError), match=rf"{op}(?s:.)*'{name}'"):
+                call()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +236,7 @@ def test_settings_refuse_nonsense():
         ({"grad_other_lse": torch.zeros(3)}, r"expected grad_other_lse to have shape \[4\], but got \[3\]"),
         ({"grad_logit_sum": torch.zeros(4, 1)}, r"expected grad_logit_sum to have shape \[4\], but got \[4, 1\]"),
         ({"other_lse": torch.zeros(3)}, r"expected other_lse to have shape \[4\], but got \[3\]"),
-        ({"other_lse": torch.zeros(4).double()}, "expected the forward's results as it returned them"),
+        ({"other_lse": torch.zeros(4)}, "expected the forward's results as it returned them, in Double, but got Float"),
         ({"kept": torch.zeros(4, 10)}, r"expected kept to have shape \[4, at most 9\], but got \[4, 10\]"),
         ({"inverse_norms": torch.zeros(8)}, r"expected inverse_norms to have shape \[9\], but got \[8\]"),
         ({"weight_sum": torch.zeros(5)}, r"expected weight_sum to have shape \[6\], but got \[5\]"),

@@ -27,7 +27,7 @@ def test_the_small_workspaces_cross_what_they_should():
 
 # cos(theta) = +1 and -1 exactly, and angles at which an arccos in float32 has lost every digit.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("extension", ["none", "linear", "easy", "clip", "monotonic"])
+@pytest.mark.parametrize("extension", ["none", "linear", "continuous", "easy", "clip", "monotonic"])
 @pytest.mark.parametrize("opposite", [False, True])
 @pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-7, 1e-4])
 def test_near_parallel(dtype, extension, opposite, angle):
@@ -150,6 +150,25 @@ def test_non_finite_inputs_reach_the_loss_of_their_rows(content):
         w[5, 0] = content
     result = F.linear_margin_lse(x, w, y, **ARCFACE)
     assert (result.other_lse.isnan() | (y == 5)).all() and (result.max_other_logit.isnan() | (y == 5)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("classes", [3, 5000])  # the second crosses blocks and chunks
+@pytest.mark.parametrize("others", [0.0, 1e4])
+def test_an_infinite_logit_of_another_class_is_an_infinite_log_sum_exp(dtype, classes, others):
+    """As torch.logsumexp has it, wherever the logit stands among larger and smaller ones."""
+    for place in {1, classes // 2, classes - 1}:
+        bias = torch.linspace(-others, others, classes, dtype=dtype)
+        bias[place] = math.inf
+        x, w = torch.randn(2, 3, dtype=dtype), torch.randn(classes, 3, dtype=dtype)
+        y = torch.tensor([0, place])
+        lse = F.linear_margin_lse(x, w, y, bias)
+        assert lse.other_lse[0] == math.inf and lse.max_other_logit[0] == math.inf
+        assert lse.other_lse[1].isfinite()
+        loss = F.linear_margin_cross_entropy(x, w, y, bias, reduction="none")
+        assert loss[0] == math.inf and loss[1] == 0
+        cosine = bias.expand(2, classes).contiguous()
+        assert F.margin_cross_entropy(cosine, torch.zeros(2, dtype=torch.long), reduction="none")[0] == math.inf
 
 
 def test_a_bias_of_minus_infinity_masks_a_class():

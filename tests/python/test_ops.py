@@ -11,13 +11,13 @@ from torchmargin import reference
 
 from conftest import gradients, problem
 
-EXTENSIONS = ["none", "linear", "easy", "clip", "monotonic"]
+EXTENSIONS = ["none", "linear", "continuous", "easy", "clip", "monotonic"]
 
 
 def _parameters(extension, margin_gradient, normalize_input, normalize_weight):
     return {
         "scale": 3.0,
-        "m1": 1.0 if extension in ("linear", "easy") else 1.7,
+        "m1": 1.0 if extension in ("linear", "continuous", "easy") else 1.7,
         "m2": 0.6,
         "m3": 0.2,
         "extension": extension,

@@ -91,7 +91,7 @@ ARROWS = {
     "csrc/ops": {"torchmargin", "math", "ops", "sweep"},
     "csrc/cpu": {"torchmargin", "math", "ops", "sweep", "cpu"},
     "csrc/api": {"torchmargin", "ops", "api"},
-    "csrc/bindings": {"torchmargin", "sweep", "bindings"},
+    "csrc/bindings": {"torchmargin", "bindings"},
     "cuda": {"torchmargin", "math", "ops", "sweep", "kernels", "target_values.h", "device_on_host.h"},
 }
 

@@ -37,10 +37,10 @@ def problems(draw):
         target[draw(st.integers(0, rows - 1))] = -100
     tensors = [matrix(rows, features), matrix(classes, features), target]
     tensors.append(torch.randn(classes, dtype=torch.float64).to(dtype) if draw(st.booleans()) else None)
-    extension = draw(st.sampled_from(["none", "linear", "easy", "clip", "monotonic"]))
+    extension = draw(st.sampled_from(["none", "linear", "continuous", "easy", "clip", "monotonic"]))
     parameters = {
         "scale": draw(st.sampled_from([0.5, 1.0, 8.0, 64.0])),
-        "m1": 1.0 if extension in ("linear", "easy") else draw(st.sampled_from([1.0, 1.5, 3.0])),
+        "m1": 1.0 if extension in ("linear", "continuous", "easy") else draw(st.sampled_from([1.0, 1.5, 3.0])),
         "m2": draw(st.sampled_from([0.0, 0.3, -0.2])),
         "m3": draw(st.sampled_from([0.0, 0.2])),
         "extension": extension,

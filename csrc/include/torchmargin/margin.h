@@ -13,6 +13,7 @@ enum class Extension : int {
   easy, ///< cos(phi) only where cos(theta) > 0, m1 = 1 only: "easy_margin"
   clip, ///< cos(min(max(phi, 0), pi)): AdaFace
   monotonic, ///< (-1)^k cos(phi) - 2k, k = floor(phi / pi): SphereFace, L-Softmax
+  continuous, ///< cos(theta) - (1 - cos(m2)) past pi, m1 = 1 only: wespeaker, 3D-Speaker
 };
 
 enum class MarginGradient : int {

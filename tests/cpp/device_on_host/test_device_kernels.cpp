@@ -8,6 +8,7 @@
 #include "cpu/range_kernels.h"
 #include "kernel_problem.h"
 #include "kernels/launch.h"
+#include "math/online_lse.h"
 
 namespace {
 
@@ -144,6 +145,31 @@ TYPED_TEST(DeviceKernels, AccumulateChunk) {
   }
 }
 
+// A +inf logit, then a logit that would move the shift so far that the old sum is times 0: +inf stays +inf.
+TYPED_TEST(DeviceKernels, AnInfiniteLogitStaysInfinite) {
+  TORCHMARGIN_TYPES
+  const T infinity = std::numeric_limits<T>::infinity();
+  for (const int64_t place : {1, 700, 3099}) {
+    KernelProblem<Scalar, T> p(1, 3, 3100);
+    std::fill(p.logits.begin(), p.logits.end(), T(1));
+    std::fill(p.inverse_norms.begin(), p.inverse_norms.end(), T(1));
+    for (int64_t j = 0; j < 3100; ++j) {
+      p.logits[j] = static_cast<T>(static_cast<double>(j) * 10); // a later one is the larger by thousands
+    }
+    p.logits[place] = infinity;
+    for (const bool on_device : {false, true}) {
+      std::vector<double> shift(1, -INFINITY), sum(1), maximum(1, -INFINITY);
+      const AccumulateChunkArgs args{p.tile(), /*bounded=*/false, shift.data(), sum.data(), maximum.data()};
+      on_device ? device::launch_accumulate_chunk(args, kAcc, nullptr) : cpu::accumulate_range(args, kAcc, 0, 1);
+      OnlineLse total;
+      total.combine({1e6, 1.0}); // another chunk's, far above
+      total.combine({shift[0], sum[0]});
+      EXPECT_EQ(total.project(), INFINITY) << place << on_device;
+      EXPECT_EQ(maximum[0], INFINITY);
+    }
+  }
+}
+
 // A row of -inf and +inf logits, and logits far below 0 only: the shift is the largest finite one.
 TYPED_TEST(DeviceKernels, AccumulateExtremeLogits) {
   TORCHMARGIN_TYPES
@@ -175,7 +201,7 @@ TYPED_TEST(DeviceKernels, AccumulateExtremeLogits) {
 
 template <typename Out, typename Scalar, typename T>
 void check_softmax_chunk(KernelProblem<Scalar, T>& p, bool with_bias) {
-  p.other_lse[0] = T(70); // everything of this row is below exp(-50)
+  p.other_lse[0] = 70.0; // everything of this row is below exp(-50)
   if (p.rows > 4) {
     p.logits[4 * p.classes] = std::numeric_limits<T>::quiet_NaN(); // a row without an upstream gradient
   }
@@ -212,6 +238,23 @@ TYPED_TEST(DeviceKernels, SoftmaxChunk) {
   }
 }
 
+// Logits of 1000 and an lse that float32 would round by 2.9e-5: no softmax weight may have that error.
+TYPED_TEST(DeviceKernels, SoftmaxTakesTheWholeLse) {
+  TORCHMARGIN_TYPES
+  KernelProblem<Scalar, T> p(1, 3, 40);
+  std::fill(p.logits.begin(), p.logits.end(), T(62.5));
+  std::fill(p.inverse_norms.begin(), p.inverse_norms.end(), T(1));
+  p.other_lse[0] = 1000.0 + 2.9e-5;
+  for (const bool on_device : {false, true}) {
+    std::vector<T> out(40);
+    const SoftmaxChunkArgs args{p.tile(), p.other_lse.data(), p.upstream.data(), true, out.data(), 40, kAcc, 1.0};
+    on_device ? device::launch_softmax_chunk(args, kAcc, nullptr) : cpu::softmax_range(args, kAcc, 0, 1);
+    for (int64_t j = 1; j < 40; ++j) {
+      ASSERT_NEAR(static_cast<double>(out[j]), std::exp(-2.9e-5), kTolerance<T>);
+    }
+  }
+}
+
 TYPED_TEST(DeviceKernels, TargetPass) {
   TORCHMARGIN_TYPES
   for (const auto& [rows, features, classes] : kSizes) {
@@ -220,16 +263,20 @@ TYPED_TEST(DeviceKernels, TargetPass) {
       const std::vector<double> shift(2 * rows, 1.0), sum(2 * rows, 3.0), maximum(2 * rows, 1.5);
       const double bias_sum = 0.25;
       const auto run = [&](auto pass) {
-        std::vector<std::vector<T>> results(5, std::vector<T>(rows));
+        std::vector<std::vector<double>> wide(3, std::vector<double>(rows));
+        std::vector<std::vector<T>> rounded(2, std::vector<T>(rows));
         pass(TargetPassArgs{
             p.context(normalize), rows, /*lanes=*/2, shift.data(), sum.data(), maximum.data(), p.weight_sum.data(),
-            &bias_sum, results[0].data(), results[1].data(), results[2].data(), results[3].data(), results[4].data()});
-        return results;
+            &bias_sum, wide[0].data(), wide[1].data(), wide[2].data(), rounded[0].data(), rounded[1].data()});
+        return std::pair(wide, rounded);
       };
       const auto got = run([&](const TargetPassArgs& args) { device::launch_target_pass(args, kAcc, nullptr); });
       const auto expected = run([&](const TargetPassArgs& args) { cpu::target_pass_range(args, kAcc, 0, rows); });
-      for (size_t k = 0; k < got.size(); ++k) {
-        expect_close(got[k], expected[k], "target pass", kTolerance<T>);
+      for (size_t k = 0; k < 3; ++k) {
+        expect_close(got.first[k], expected.first[k], "target pass", kTolerance<double>);
+      }
+      for (size_t k = 0; k < 2; ++k) {
+        expect_close(got.second[k], expected.second[k], "angle and maximum", kTolerance<T>);
       }
     }
   }
@@ -315,7 +362,7 @@ TYPED_TEST(DeviceKernels, Cosine) {
     const CosineContext context{
         {cosine.data(), dtype_of<Scalar>, classes, 1}, p.target.data(), classes, p.margin(), none, none, none};
     const auto run = [&](auto forward, auto backward, auto transform) {
-      std::vector<std::vector<T>> results(3, std::vector<T>(rows));
+      std::vector<std::vector<double>> results(3, std::vector<double>(rows));
       forward(CosineForwardArgs{context, true, results[0].data(), results[1].data(), results[2].data()});
       std::vector<Scalar> grad(rows * classes), psi(rows * classes);
       std::vector<double> grad_m2(rows), grad_m3(rows);

@@ -7,7 +7,7 @@
 #include "cpu/sweep_kernels.h"
 #include "kernels/launch.h"
 #include "sweep/class_sweep.h"
-#include "sweep/settings.h"
+#include "torchmargin/settings.h"
 
 namespace {
 

@@ -24,6 +24,8 @@ long double extended(const MarginParameters& p, long double theta, long double m
   switch (p.extension) {
     case Extension::linear:
       return phi <= kPi ? std::cos(phi) : std::cos(theta) - m2 * std::sin(m2);
+    case Extension::continuous:
+      return phi <= kPi ? std::cos(phi) : std::cos(theta) - (1 - std::cos(m2));
     case Extension::easy:
       return std::cos(theta) > 0 ? std::cos(phi) : std::cos(theta);
     case Extension::clip:
@@ -44,7 +46,7 @@ long double psi(const MarginParameters& p, long double theta, long double m2, lo
 class EveryExtension : public testing::TestWithParam<Extension> {};
 
 TEST_P(EveryExtension, ValueAndDerivativesMatchLongDouble) {
-  const bool any_m1 = GetParam() != Extension::linear && GetParam() != Extension::easy;
+  const bool any_m1 = GetParam() != Extension::linear && GetParam() != Extension::easy && GetParam() != Extension::continuous;
   for (const double m1 : {1.0, 1.5, 4.0}) {
     if (m1 != 1.0 && !any_m1) {
       continue;
@@ -79,11 +81,14 @@ TEST_P(EveryExtension, ValueAndDerivativesMatchLongDouble) {
 INSTANTIATE_TEST_SUITE_P(
     Margin,
     EveryExtension,
-    testing::Values(Extension::none, Extension::linear, Extension::easy, Extension::clip, Extension::monotonic));
+    testing::Values(
+        Extension::none, Extension::linear, Extension::easy, Extension::clip, Extension::monotonic,
+        Extension::continuous));
 
 TEST(Margin, WithoutAMarginEveryExtensionIsTheCosine) {
   for (const Extension extension :
-       {Extension::none, Extension::linear, Extension::easy, Extension::clip, Extension::monotonic}) {
+       {Extension::none, Extension::linear, Extension::easy, Extension::clip, Extension::monotonic,
+        Extension::continuous}) {
     MarginParameters p;
     p.extension = extension;
     for (const double theta : {0.0, 1e-9, 1.0, 2.0, static_cast<double>(kPi)}) {

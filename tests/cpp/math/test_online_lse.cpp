@@ -64,6 +64,23 @@ TEST(OnlineLse, ASharedShiftOfZeroJustAdds) {
   EXPECT_EQ(total.shift, 0.0);
 }
 
+TEST(OnlineLse, AnInfiniteTermIsAnInfiniteResult) {
+  // As a shift, and as a sum beside a finite shift; rescaling either must not make inf * 0 of it.
+  for (const OnlineLse infinite : {OnlineLse{kInfinity, 1.0}, OnlineLse{0.0, kInfinity}}) {
+    for (const double other : {-2000.0, 0.0, 2000.0}) {
+      for (const bool first : {true, false}) {
+        OnlineLse total;
+        total.combine(first ? infinite : OnlineLse{other, 1.0});
+        total.combine(first ? OnlineLse{other, 1.0} : infinite);
+        total.combine(infinite);
+        EXPECT_EQ(total.project(), kInfinity);
+        total.combine({0.0, std::nan("")});
+        EXPECT_TRUE(std::isnan(total.project()));
+      }
+    }
+  }
+}
+
 TEST(OnlineLse, NanReachesTheResult) {
   for (const bool first : {true, false}) {
     OnlineLse total;

@@ -71,6 +71,12 @@ TYPED_TEST(RowKernelsTest, SumBlockWithNonFiniteLogits) {
   EXPECT_EQ(none.sum, 0.0);
   EXPECT_EQ(none.maximum, -std::numeric_limits<double>::infinity());
   for (const int64_t place : {0, 17, 36}) {
+    std::vector<T> infinite = dots;
+    infinite[place] = infinity;
+    const BlockSum block = this->kernels.sum_block(infinite.data(), 37, {T(1), nullptr, nullptr}, false);
+    EXPECT_EQ(block.shift + std::log(block.sum), std::numeric_limits<double>::infinity());
+    infinite[(place + 1) % 37] = std::numeric_limits<T>::quiet_NaN();
+    EXPECT_TRUE(std::isnan(this->kernels.sum_block(infinite.data(), 37, {T(1), nullptr, nullptr}, false).sum));
     std::vector<T> holed = dots;
     holed[place] = std::numeric_limits<T>::quiet_NaN();
     for (const bool bounded : {true, false}) {
@@ -90,12 +96,26 @@ TYPED_TEST(RowKernelsTest, SoftmaxRowFlushesAndKeepsNan) {
       dots[size / 2] = std::numeric_limits<T>::quiet_NaN();
     }
     std::vector<T> out(size, T(7));
-    this->kernels.softmax_row(dots.data(), out.data(), size, {T(1), nullptr, nullptr}, T(0), false);
+    this->kernels.softmax_row(dots.data(), out.data(), size, {T(1), nullptr, nullptr}, 0.0, false);
     EXPECT_NEAR(out[0] / std::exp(static_cast<long double>(dots[0])), 1.0, 100 * this->kTolerance);
     if (size > 2) {
       EXPECT_EQ(out[size - 1], T(0));
       EXPECT_TRUE(std::isnan(out[size / 2]));
       EXPECT_NEAR(out[1] * std::exp(3.0L), 1.0, this->kTolerance);
+    }
+  }
+}
+
+// The log-sum-exp is not rounded to T: a row whose lse lies between two numbers of T has no common factor of error.
+TYPED_TEST(RowKernelsTest, SoftmaxRowTakesTheWholeLse) {
+  using T = TypeParam;
+  const double lse = 40.0 + 1.7e-6; // a float32 next to it is 2e-6 away
+  for (const int64_t size : {1, 16, 37}) {
+    const std::vector<T> dots(size, T(40) - T(0.25));
+    std::vector<T> out(size);
+    this->kernels.softmax_row(dots.data(), out.data(), size, {T(1), nullptr, nullptr}, lse, false);
+    for (const T q : out) {
+      EXPECT_NEAR(q / std::exp(static_cast<long double>(dots[0]) - lse), 1.0, this->kTolerance / 4);
     }
   }
 }

@@ -85,7 +85,8 @@ TEST(Threads, TargetPass) {
   expect_equal_bits([](int64_t threads) {
     const Problem p(kRows, kFeatures, kClasses);
     const std::vector<double> shift(2 * kRows, 1.0), sum(2 * kRows, 3.0), maximum(2 * kRows, 1.5);
-    std::vector<std::vector<float>> results(5, std::vector<float>(kRows));
+    std::vector<std::vector<double>> wide(3, std::vector<double>(kRows));
+    std::vector<std::vector<float>> rounded(2, std::vector<float>(kRows));
     const TargetPassArgs args{
         p.context(),
         kRows,
@@ -95,13 +96,13 @@ TEST(Threads, TargetPass) {
         maximum.data(),
         p.weight_sum.data(),
         nullptr,
-        results[0].data(),
-        results[1].data(),
-        results[2].data(),
-        results[3].data(),
-        results[4].data()};
+        wide[0].data(),
+        wide[1].data(),
+        wide[2].data(),
+        rounded[0].data(),
+        rounded[1].data()};
     run([&](int64_t b, int64_t e) { target_pass_range(args, kAcc, b, e); }, kRows, threads);
-    return results;
+    return std::pair(wide, rounded);
   });
 }
 
@@ -150,7 +151,7 @@ void cosine_kernels(c10::ScalarType dtype) {
     const RawMatrix none{nullptr, kAcc, 0, 0};
     const CosineContext context{
         {cosine.data(), dtype, kClasses, 1}, p.target.data(), kClasses, margin, none, none, none};
-    std::vector<std::vector<float>> results(3, std::vector<float>(kRows));
+    std::vector<std::vector<double>> results(3, std::vector<double>(kRows));
     const CosineForwardArgs forward{context, true, results[0].data(), results[1].data(), results[2].data()};
     run([&](int64_t b, int64_t e) { cosine_forward(forward, b, e); }, kRows, threads);
     std::vector<Scalar> grad(kRows * kClasses), psi(kRows * kClasses);

@@ -1,0 +1,136 @@
+// _margin_row_loss: from the core's results the loss of each row, [B] float64.
+//
+//   loss = softplus(o - t) + eps (t - Z / C)        0 where the row is ignored
+//   to o: g p      to t: g (eps - p)      to Z / C: -g eps          p = sigmoid(o - t)
+//
+// It is an op with a backward of its own because of rows that count for nothing: autograd's would make 0 * NaN of a
+// row that holds NaN and has no upstream gradient (a masked loss), and every row of grad_weight would hold it.
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "ops/autograd_node.h"
+#include "ops/cross_entropy.h"
+#include "ops/find_op.h"
+
+namespace torchmargin {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+at::Tensor zero_like(const at::Tensor& tensor) {
+  return at::zeros({}, tensor.options().requires_grad(false));
+}
+
+// Differentiable in every mode, and what the op is made of.
+at::Tensor row_loss_formula(
+    const at::Tensor& other_lse,
+    const at::Tensor& target_logit,
+    const OptionalTensor& mean_logit,
+    const at::Tensor& target,
+    double label_smoothing,
+    int64_t ignore_index) {
+  // NB: ignored rows are replaced before and after the arithmetic: 0 * NaN once more.
+  const at::Tensor valid = target.ne(ignore_index);
+  const at::Tensor zero = zero_like(other_lse);
+  const at::Tensor own = at::where(valid, target_logit, zero);
+  const at::Tensor gap = at::where(valid, other_lse, zero) - own;
+  // NB: softplus(o - t) by logaddexp: F.softplus becomes the identity above 20, and lse - t has no digit left where
+  // the loss is small. Without another class it is 0, and so are its derivatives, which logaddexp's are not.
+  const at::Tensor alone = gap.eq(-std::numeric_limits<double>::infinity());
+  at::Tensor loss = at::where(alone, zero, at::logaddexp(zero, at::where(alone, zero, gap)));
+  if (mean_logit.has_value()) {
+    loss = loss + label_smoothing * (own - at::where(valid, *mean_logit, zero));
+  }
+  return at::where(valid, loss, zero);
+}
+
+// The gradients of o, t and Z / C, in ATen: their own derivatives are autograd's.
+Tensors row_loss_gradients(
+    const at::Tensor& grad,
+    const at::Tensor& other_lse,
+    const at::Tensor& target_logit,
+    const at::Tensor& target,
+    double label_smoothing,
+    int64_t ignore_index) {
+  const at::Tensor zero = zero_like(other_lse);
+  const at::Tensor g = at::where(target.ne(ignore_index), grad, zero);
+  const at::Tensor gap = other_lse - target_logit;
+  // NB: only where p would be NaN. To g it has a derivative, also where g is 0.
+  const at::Tensor unused = g.eq(0).logical_and(gap.isnan());
+  const at::Tensor p = at::sigmoid(at::where(unused, zero, gap));
+  // eps - p, and for a p near 1 the same without its cancellation.
+  const at::Tensor rest = at::sigmoid(at::where(unused, zero, -gap));
+  const at::Tensor slope = at::where(p < 0.5, label_smoothing - p, rest - (1.0 - label_smoothing));
+  return {g * p, g * slope, g * -label_smoothing};
+}
+
+at::Tensor row_loss(
+    const at::Tensor& other_lse,
+    const at::Tensor& target_logit,
+    const OptionalTensor& mean_logit,
+    const at::Tensor& target,
+    double label_smoothing,
+    int64_t ignore_index) {
+  return row_loss_formula(other_lse, target_logit, mean_logit, target, label_smoothing, ignore_index);
+}
+
+at::Tensor row_loss_autograd(
+    const at::Tensor& other_lse,
+    const at::Tensor& target_logit,
+    const OptionalTensor& mean_logit,
+    const at::Tensor& target,
+    double label_smoothing,
+    int64_t ignore_index) {
+  const OptionalTensors inputs{other_lse, target_logit, mean_logit};
+  if (any_has_tangent(inputs)) {
+    return row_loss_formula(other_lse, target_logit, mean_logit, target, label_smoothing, ignore_index);
+  }
+  at::Tensor loss;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    loss = call_row_loss(other_lse, target_logit, mean_logit, target, label_smoothing, ignore_index);
+  }
+  if (any_requires_grad(inputs)) {
+    const auto run = [label_smoothing, ignore_index](
+                         const Tensors& grads, const Tensors& saved, const std::vector<bool>&) {
+      return row_loss_gradients(grads[0], saved[0], saved[1], saved[2], label_smoothing, ignore_index);
+    };
+    attach_node(
+        {loss}, inputs,
+        {"MarginRowLossBackward",
+         {other_lse, target_logit, target},
+         /*saved_results=*/{},
+         {label_smoothing, static_cast<double>(ignore_index)},
+         run});
+  }
+  return loss;
+}
+
+TORCH_LIBRARY_IMPL(torchmargin, CompositeExplicitAutograd, library) {
+  library.impl("_margin_row_loss", row_loss);
+}
+
+TORCH_LIBRARY_IMPL(torchmargin, Autograd, library) {
+  library.impl("_margin_row_loss", row_loss_autograd);
+}
+
+} // namespace
+
+at::Tensor call_row_loss(
+    const at::Tensor& other_lse,
+    const at::Tensor& target_logit,
+    const OptionalTensor& mean_logit,
+    const at::Tensor& target,
+    double label_smoothing,
+    int64_t ignore_index) {
+  static const auto op = find_op<at::Tensor(
+      const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&, double, int64_t)>(
+      "torchmargin::_margin_row_loss");
+  return op.call(other_lse, target_logit, mean_logit, target, label_smoothing, ignore_index);
+}
+
+} // namespace torchmargin

@@ -1,0 +1,155 @@
+"""A row whose upstream gradient is exactly 0 contributes exactly 0 to every gradient, whatever it holds."""
+
+import math
+
+import pytest
+import torch
+
+import torchmargin.functional as F
+
+from conftest import problem
+
+ROW, FORMS = 2, ["linear", "cosine", "statistics"]
+
+
+def _leaves(form, content):
+    """Leaf tensors with `content` in row ROW: of the input (the cosines) and of the margins of rows."""
+    x, w, y, b = problem(bias=True)
+    m2, m3 = (0.1 * torch.rand(2, 9, dtype=torch.float64)).unbind()
+    if form == "cosine":
+        x = torch.nn.functional.normalize(x.detach()) @ torch.nn.functional.normalize(w.detach()).T
+        leaves = {"x": x, "sample_m2": m2, "sample_m3": m3}
+    else:
+        leaves = {"x": x, "w": w, "b": b, "sample_m2": m2, "sample_m3": m3}
+    leaves = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+    for name, leaf in leaves.items():
+        if name not in ("w", "b"):
+            leaf[ROW] = content
+    return {name: leaf.requires_grad_() for name, leaf in leaves.items()}, y
+
+
+def _losses(form, leaves, y, **options):
+    given = dict(leaves)
+    options = {"scale": 8.0, "m2": 0.3, "reduction": "none", **options}
+    if form == "cosine":
+        return F.margin_cross_entropy(given.pop("x"), y, **given, **options)
+    op = torch.ops.torchmargin.linear_margin_cross_entropy
+    if form == "statistics":
+        op = torch.ops.torchmargin._linear_margin_cross_entropy_statistics
+    loss = op(given.pop("x"), given.pop("w"), y, given.pop("b"), **given, **options)
+    return loss[0] if form == "statistics" else loss
+
+
+def _without(leaves, y):
+    """The same without the row."""
+    keep = torch.arange(9) != ROW
+    rest = {
+        name: (leaf.detach() if name in ("w", "b") else leaf.detach()[keep]).clone().requires_grad_()
+        for name, leaf in leaves.items()
+    }
+    return rest, y[keep], keep
+
+
+# Ways in which a caller leaves a row out.
+def _by_upstream(losses):
+    weights = torch.arange(1.0, 10.0, dtype=losses.dtype)
+    weights[ROW] = 0
+    return losses, weights
+
+
+def _by_index(losses):
+    mask = torch.arange(9) != ROW
+    return (losses[mask] * torch.arange(1.0, 10.0, dtype=losses.dtype)[mask]).sum(), None
+
+
+def _by_weight(losses):
+    weights = torch.arange(1.0, 10.0, dtype=losses.dtype)
+    weights[ROW] = 0
+    return (losses * weights).sum(), None
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("content", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("way", [_by_upstream, _by_index, _by_weight])
+@pytest.mark.parametrize("form", FORMS)
+def test_first_derivatives(form, way, content, label_smoothing):
+    leaves, y = _leaves(form, content)
+    value, upstream = way(_losses(form, leaves, y, label_smoothing=label_smoothing))
+    value.backward(upstream)
+    rest, y_rest, keep = _without(leaves, y)
+    true = (_losses(form, rest, y_rest, label_smoothing=label_smoothing) * torch.arange(1.0, 10.0).double()[keep]).sum()
+    true.backward()
+    for name, leaf in leaves.items():
+        if name in ("w", "b"):
+            torch.testing.assert_close(leaf.grad, rest[name].grad, rtol=1e-12, atol=1e-13)
+        else:
+            assert (leaf.grad[ROW] == 0).all(), name
+            torch.testing.assert_close(leaf.grad[keep], rest[name].grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("content", [math.nan, math.inf])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mean_that_counts_for_nothing(form, content):
+    leaves, y = _leaves(form, content)
+    (_losses(form, leaves, y, reduction="mean", label_smoothing=0.1) * 0).backward()
+    assert all((leaf.grad == 0).all() for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("content", [math.nan, math.inf])
+@pytest.mark.parametrize("form", ["linear", "cosine"])
+def test_second_derivatives(form, content, label_smoothing):
+    """Of the masked row's own gradient nothing is asked: it is 0, and what is made of it is masked by the caller."""
+
+    def penalty(leaves, y, weights):
+        losses = _losses(form, leaves, y, label_smoothing=label_smoothing)
+        grads = torch.autograd.grad(losses, list(leaves.values()), weights, create_graph=True)
+        return sum(grad.square().sum() for grad in grads)
+
+    leaves, y = _leaves(form, content)
+    weights = torch.arange(1.0, 10.0, dtype=torch.float64)
+    weights[ROW] = 0
+    penalty(leaves, y, weights).backward()
+    rest, y_rest, keep = _without(leaves, y)
+    penalty(rest, y_rest, weights[keep]).backward()
+    for name, leaf in leaves.items():
+        if name in ("w", "b"):
+            torch.testing.assert_close(leaf.grad, rest[name].grad, rtol=1e-9, atol=1e-11)
+        else:
+            assert (leaf.grad[ROW] == 0).all(), name
+            torch.testing.assert_close(leaf.grad[keep], rest[name].grad, rtol=1e-9, atol=1e-11)
+
+
+def test_a_finite_row_without_upstream_keeps_its_derivative_to_the_upstream():
+    """jvp by two backwards starts from an upstream of zeros: masking by value must not cut that."""
+    x, w, y, _ = problem()
+
+    def losses(x):
+        return F.linear_margin_cross_entropy(x, w.detach(), y, scale=4.0, m2=0.2, reduction="none")
+
+    direction = torch.randn_like(x)
+    by_two_backwards = torch.autograd.functional.jvp(losses, x, direction)[1]
+    step = 1e-6
+    differences = (losses(x + step * direction) - losses(x - step * direction)) / (2 * step)
+    torch.testing.assert_close(by_two_backwards, differences, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(torch.func.jvp(losses, (x,), (direction,))[1], by_two_backwards)
+
+
+@pytest.mark.parametrize("form", ["linear", "cosine"])
+def test_compiled(form):
+    leaves, y = _leaves(form, math.nan)
+    step = torch.compile(lambda leaves, y: _losses(form, leaves, y), backend="aot_eager", fullgraph=True)
+    value, weights = _by_upstream(step(leaves, y))
+    value.backward(weights)
+    assert all(leaf.grad.isfinite().all() for leaf in leaves.values())
+    assert (leaves["x"].grad[ROW] == 0).all() and (leaves["x"].grad[0] != 0).any()
+
+
+@pytest.mark.parametrize("form", ["linear", "cosine"])
+def test_a_compiled_backward(form):
+    leaves, y = _leaves(form, math.nan)
+    value, weights = _by_upstream(_losses(form, leaves, y, label_smoothing=0.1))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        value.backward(weights)
+    assert all(leaf.grad.isfinite().all() for leaf in leaves.values())
+    assert (leaves["x"].grad[ROW] == 0).all() and (leaves["x"].grad[0] != 0).any()
