@@ -109,7 +109,7 @@ TEST(Functional, AnUndefinedTensorIsNamed) {
   expect("margin_logits: expected weight", [&] { F::margin_logits(p.input, none); });
   expect("margin_cross_entropy: expected cosine", [&] { F::margin_cross_entropy(none, p.target); });
   expect("margin_cross_entropy: expected target", [&] { F::margin_cross_entropy(p.input, none); });
-  expect("margin_transform: expected cosine", [&] { F::margin_transform(none); });
+  expect("margin_transform: expected cosine", [&] { F::margin_transform(none, torchmargin::MarginParameters()); });
   // An undefined optional is no argument at all.
   F::LinearMarginFuncOptions options;
   options.bias(none).sample_m2(none).sample_m3(none).sample_margin_weight(none);
