@@ -119,7 +119,9 @@ def hard_problem(rows: int, features: int, classes: int, device: str) -> tuple[T
 
 def hard_eager(x: Tensor, w: Tensor, y: Tensor, b: Tensor | None, options: dict, label_smoothing: float) -> Tensor:
     normalized = "normalize_input" not in options
-    logits = options.get("scale", 1.0) * (TF.linear(TF.normalize(x), TF.normalize(w)) if normalized else TF.linear(x, w))
+    logits = options.get("scale", 1.0) * (
+        TF.linear(TF.normalize(x), TF.normalize(w)) if normalized else TF.linear(x, w)
+    )
     logits = logits if b is None else logits + b
     margin = torch.full_like(x[:, :1], options.get("scale", 1.0) * options.get("m3", 0.0))
     return TF.cross_entropy(logits.scatter_add(1, y[:, None], -margin), y, label_smoothing=label_smoothing)

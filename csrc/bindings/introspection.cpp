@@ -101,19 +101,10 @@ Plan choose_plan(
   if (!cpu && cuda_architectures().empty()) {
     throw std::invalid_argument("torchmargin: this build has no CUDA kernels to plan for");
   }
-  const torchmargin::Plan plan =
-      torchmargin::plan(rows, features, classes, scalar, parse_device(device_type), compute);
+  const torchmargin::Plan plan = torchmargin::plan(rows, features, classes, scalar, parse_device(device_type), compute);
   return {
-      cpu ? "cpu-sweep" : "cuda-sweep",
-      plan.lanes,
-      plan.row_tile,
-      plan.class_chunk,
-      plan.input_splits,
-      name_of(plan.operand_dtype),
-      plan.kept_classes,
-      plan.scratch_bytes,
-      plan.workspace_limit,
-      plan.fits};
+      cpu ? "cpu-sweep" : "cuda-sweep", plan.lanes,        plan.row_tile,      plan.class_chunk,     plan.input_splits,
+      name_of(plan.operand_dtype),      plan.kept_classes, plan.scratch_bytes, plan.workspace_limit, plan.fits};
 }
 
 } // namespace torchmargin::bindings

@@ -57,8 +57,7 @@ void check_parameters(std::string_view op, const MarginParameters& margin) {
       margin.m1 == 1.0 ||
           (margin.extension != Extension::linear && margin.extension != Extension::continuous &&
            margin.extension != Extension::easy),
-      op,
-      ": expected m1 = 1 with extension '", extension_name(margin.extension), "', but got m1 = ", margin.m1);
+      op, ": expected m1 = 1 with extension '", extension_name(margin.extension), "', but got m1 = ", margin.m1);
 }
 
 void check_sample(
@@ -105,7 +104,8 @@ MarginParameters make_margin_parameters(
 }
 
 void check_given(std::string_view op, const char* argument, const at::Tensor& tensor) {
-  TORCH_CHECK(tensor.defined(), op, ": expected ", argument, " to be a tensor, but got none (None, or undefined in C++)");
+  TORCH_CHECK(
+      tensor.defined(), op, ": expected ", argument, " to be a tensor, but got none (None, or undefined in C++)");
   TORCH_CHECK(
       !tensor.is_nested(), op, ": expected ", argument,
       " to be a dense tensor, but got a nested one; convert it with to_padded_tensor()");

@@ -20,7 +20,8 @@ at::Tensor margin_cross_entropy(
   const CrossEntropyOptions options = make_cross_entropy_options(op, label_smoothing, ignore_index, reduction);
   const CosineResult result = call_cosine_forward(problem, ignore_index, /*with_logit_sum=*/label_smoothing > 0);
   return cross_entropy(
-             result.other_lse, result.target_logit, result.logit_sum, target, cosine.sym_size(1), problem.acc(), options)
+             result.other_lse, result.target_logit, result.logit_sum, target, cosine.sym_size(1), problem.acc(),
+             options)
       .loss;
 }
 

@@ -33,8 +33,6 @@ Tensors second_derivatives(
 // Rows of `input` [B, ...] that hold NaN or infinity but have no upstream gradient [B] at all, as zeros:
 // they contribute exactly nothing. The same for the margins of rows [B]; a 0-dim one stays.
 at::Tensor without_unused_rows(const at::Tensor& input, const OptionalTensors& upstream);
-std::optional<at::Tensor> without_unused_rows(
-    const std::optional<at::Tensor>& sample,
-    const OptionalTensors& upstream);
+std::optional<at::Tensor> without_unused_rows(const std::optional<at::Tensor>& sample, const OptionalTensors& upstream);
 
 } // namespace torchmargin

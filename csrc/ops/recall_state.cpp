@@ -10,8 +10,8 @@
 //   returns (state [S], fresh 0-dim bool): the state to compute with, and whether this was a step.
 // Outside a backward pass the call is a step: it is logged, and (state, true) returned. Inside one it is a recompute:
 // the nearest row's state and false; of equally near rows the newest that this backward pass has not had yet (two calls
-// with one key are recomputed last first); of an empty log the given state. The place of the call is all that the host decides, at
-// run time also under torch.compile: nothing waits for the device.
+// with one key are recomputed last first); of an empty log the given state. The place of the call is all that the host
+// decides, at run time also under torch.compile: nothing waits for the device.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <tuple>
 
 #include "ops/autograd_node.h"
 #include "ops/cross_entropy.h"
@@ -48,8 +49,10 @@ at::Tensor row_loss_formula(
   return at::where(valid, loss, zero);
 }
 
+using GradientTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
 // The gradients of o, t and Z / C, in ATen: their own derivatives are autograd's.
-Tensors row_loss_gradients(
+GradientTuple row_loss_gradients(
     const at::Tensor& grad,
     const at::Tensor& other_lse,
     const at::Tensor& target_logit,
@@ -66,6 +69,20 @@ Tensors row_loss_gradients(
   const at::Tensor rest = at::sigmoid(at::where(unused, zero, -gap));
   const at::Tensor slope = at::where(p < 0.5, label_smoothing - p, rest - (1.0 - label_smoothing));
   return {g * p, g * slope, g * -label_smoothing};
+}
+
+// NB: an op, for compiled autograd runs a node's function on gradients of unknown length.
+GradientTuple call_row_loss_backward(
+    const at::Tensor& grad,
+    const at::Tensor& other_lse,
+    const at::Tensor& target_logit,
+    const at::Tensor& target,
+    double label_smoothing,
+    int64_t ignore_index) {
+  static const auto op = find_op<GradientTuple(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double, int64_t)>(
+      "torchmargin::_margin_row_loss_backward");
+  return op.call(grad, other_lse, target_logit, target, label_smoothing, ignore_index);
 }
 
 at::Tensor row_loss(
@@ -97,7 +114,9 @@ at::Tensor row_loss_autograd(
   if (any_requires_grad(inputs)) {
     const auto run = [label_smoothing, ignore_index](
                          const Tensors& grads, const Tensors& saved, const std::vector<bool>&) {
-      return row_loss_gradients(grads[0], saved[0], saved[1], saved[2], label_smoothing, ignore_index);
+      auto [other, own, mean] =
+          call_row_loss_backward(grads[0], saved[0], saved[1], saved[2], label_smoothing, ignore_index);
+      return Tensors{other, own, mean};
     };
     attach_node(
         {loss}, inputs,
@@ -110,12 +129,44 @@ at::Tensor row_loss_autograd(
   return loss;
 }
 
+GradientTuple row_loss_backward_autograd(
+    const at::Tensor& grad,
+    const at::Tensor& other_lse,
+    const at::Tensor& target_logit,
+    const at::Tensor& target,
+    double label_smoothing,
+    int64_t ignore_index) {
+  const OptionalTensors inputs{grad, other_lse, target_logit};
+  if (any_has_tangent(inputs) || any_requires_grad(inputs)) {
+    return row_loss_gradients(grad, other_lse, target_logit, target, label_smoothing, ignore_index);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return call_row_loss_backward(grad, other_lse, target_logit, target, label_smoothing, ignore_index);
+}
+
+GradientTuple row_loss_backward_meta(
+    const at::Tensor& /*grad*/,
+    const at::Tensor& other_lse,
+    const at::Tensor& /*target_logit*/,
+    const at::Tensor& /*target*/,
+    double /*label_smoothing*/,
+    int64_t /*ignore_index*/) {
+  const auto rows = [&] { return at::empty_symint(other_lse.sym_sizes(), other_lse.options()); };
+  return {rows(), rows(), rows()};
+}
+
 TORCH_LIBRARY_IMPL(torchmargin, CompositeExplicitAutograd, library) {
   library.impl("_margin_row_loss", row_loss);
+  library.impl("_margin_row_loss_backward", row_loss_gradients);
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, Autograd, library) {
   library.impl("_margin_row_loss", row_loss_autograd);
+  library.impl("_margin_row_loss_backward", row_loss_backward_autograd);
+}
+
+TORCH_LIBRARY_IMPL(torchmargin, Meta, library) {
+  library.impl("_margin_row_loss_backward", row_loss_backward_meta);
 }
 
 } // namespace

@@ -20,6 +20,10 @@ TORCH_LIBRARY(torchmargin, library) {
   library.def(
       "_margin_row_loss(Tensor other_lse, Tensor target_logit, Tensor? mean_logit, Tensor target, "
       "float label_smoothing, int ignore_index) -> Tensor");
+  library.def(
+      "_margin_row_loss_backward(Tensor grad, Tensor other_lse, Tensor target_logit, Tensor target, "
+      "float label_smoothing, int ignore_index) -> (Tensor grad_other_lse, Tensor grad_target_logit, "
+      "Tensor grad_mean_logit)");
   // Private: the forward with what its backward needs, and that backward. See ops/problem.h.
   library.def("_linear_margin_forward(" TORCHMARGIN_LINEAR_SCHEMA
               ", int? ignore_index=None, bool with_logit_sum=True, int kept_classes=0) -> (Tensor other_lse, "

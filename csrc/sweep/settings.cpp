@@ -47,8 +47,8 @@ Plan plan(
   using c10::ScalarType;
   check_device_type("a plan", device);
   TORCH_CHECK_VALUE(
-      batch >= 0 && features >= 1 && classes >= 1, "torchmargin: expected B >= 0, D >= 1 and C >= 1, but got B = ",
-      batch, ", D = ", features, ", C = ", classes);
+      batch >= 0 && features >= 1 && classes >= 1,
+      "torchmargin: expected B >= 0, D >= 1 and C >= 1, but got B = ", batch, ", D = ", features, ", C = ", classes);
   const auto narrow = [](ScalarType type) {
     return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
   };
@@ -74,16 +74,9 @@ Plan plan(
       cpu ? kCpuTile : kGpuTile};
   const int64_t limit = workspace_limit(device);
   const ChunkPlan chosen = choose_chunk_plan(sizes, limit);
-  return {
-      chosen.lanes,
-      chosen.row_tile,
-      chosen.class_chunk,
-      chosen.input_splits,
-      operands.dtype,
-      chosen.kept_classes,
-      chosen.scratch_bytes,
-      limit,
-      chosen.fits};
+  return {chosen.lanes,         chosen.row_tile, chosen.class_chunk,
+          chosen.input_splits,  operands.dtype,  chosen.kept_classes,
+          chosen.scratch_bytes, limit,           chosen.fits};
 }
 
 } // namespace torchmargin

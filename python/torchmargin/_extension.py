@@ -4,6 +4,7 @@ TORCHMARGIN_LIBRARY names another build of the library to load instead of the in
 """
 
 import ctypes
+import hashlib
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.compiler.config
 
 
 def _binaries() -> Path:
@@ -51,6 +53,17 @@ def _check_torch(library: Path) -> None:
         )
 
 
+def _name_in_caches(library: Path) -> None:
+    """What torch.compile keeps on disk was traced with one build's ops; another build must not be given it.
+
+    torch tells caches apart by torch.compiler.config.cache_key_tag, but not by the libraries of custom ops.
+    """
+    tag = "torchmargin-" + hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+    config = torch.compiler.config
+    if tag not in config.cache_key_tag:
+        config.cache_key_tag = "-".join(filter(None, [config.cache_key_tag, tag]))
+
+
 def _load():
     library = Path(os.environ.get("TORCHMARGIN_LIBRARY") or BINARIES / "lib" / "libtorchmargin.so")
     if not library.exists():
@@ -64,6 +77,7 @@ def _load():
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise ImportError(f"torchmargin: cannot load {library} with torch {torch.__version__}: {error}") from error
+    _name_in_caches(library)
     package = sys.modules["torchmargin"].__path__
     if str(BINARIES) not in package:
         package.append(str(BINARIES))

@@ -134,6 +134,27 @@ def test_statistics_are_those_of_the_finite_rows():
     assert before.length_mean == 20.0 and before.length_std == 100.0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_masked_row_adds_nothing_to_any_gradient(name, value):
+    """reduction="none" and an upstream gradient of exactly 0, as a masked loss gives it: whatever the row holds."""
+    gradients = []
+    for spoiled in (value, 1.0):
+        torch.manual_seed(1)
+        loss = LOSSES[name](8, 17, reduction="none", dtype=torch.float64)
+        x, y = 20 * torch.randn(6, 8, dtype=torch.float64), torch.arange(6)
+        x[2, 3] = spoiled
+        if name == "AdaFaceLoss":
+            loss.eval()  # the statistics would differ
+        x.requires_grad_()
+        mask = torch.tensor([1.0, 1, 0, 1, 1, 1], dtype=torch.float64)
+        loss(x, y).backward(mask)
+        gradients.append([x.grad, loss.weight.grad])
+    for got, expected in zip(*gradients):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    assert gradients[0][0][2].abs().max() == 0
+
+
 @pytest.mark.parametrize("name", ["AdaFaceLoss", "MagFaceLoss"])
 def test_embeddings_of_length_one_are_warned_of_once(name):
     loss = LOSSES[name](8, 17)

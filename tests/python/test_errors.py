@@ -25,7 +25,10 @@ BAD = {
     "input rank": ({"input": X[0]}, r"expected input to have shape \[B, D\], but got \[6\]"),
     "input dtype": ({"input": X.long()}, r"expected input to be float64, float32, bfloat16 or float16, but got Long"),
     "input complex": ({"input": X + 0j}, r"expected input to be float64, .*but got ComplexFloat"),
-    "weight shape": ({"weight": W[:, :5]}, r"expected weight to have shape \[C, 6\], but got \[9, 5\], for input of shape \[4, 6\]"),
+    "weight shape": (
+        {"weight": W[:, :5]},
+        r"expected weight to have shape \[C, 6\], but got \[9, 5\], for input of shape \[4, 6\]",
+    ),
     "weight rank": ({"weight": W[0]}, r"expected weight to have shape \[C, 6\], but got \[6\]"),
     "weight dtype": ({"weight": W.double()}, r"expected weight to have the dtype of input, Float, but got Double"),
     "no classes": ({"weight": W[:0]}, r"expected weight to hold at least one class, but got shape \[0, 6\]"),
@@ -136,7 +139,11 @@ def test_bad_arguments_under_compile():
 def _calls(**change):
     """Every public op with one argument changed: (op, call) of those that have it."""
     linear = {**_good(), **{k: v for k, v in change.items() if k != "cosine"}}
-    cosine = {"cosine": torch.rand(4, 9), "target": Y, **{k: v for k, v in change.items() if k not in ("input", "weight")}}
+    cosine = {
+        "cosine": torch.rand(4, 9),
+        "target": Y,
+        **{k: v for k, v in change.items() if k not in ("input", "weight")},
+    }
     (name,) = change
     if name != "cosine":
         yield LSE, lambda: F.linear_margin_lse(**linear)

@@ -1,5 +1,6 @@
 """How the package is put together: loading, versions, and the arrows between folders."""
 
+import hashlib
 import json
 import os
 import re
@@ -74,6 +75,19 @@ def test_another_cuda_gives_one_sentence(tmp_path, kernels):
 def test_a_missing_library_is_named(tmp_path):
     ran = _import_with(TORCHMARGIN_LIBRARY=str(tmp_path / "none.so"))
     assert "ImportError: torchmargin: there is no library at" in ran.stderr
+
+
+def test_compiled_code_is_kept_for_this_library_only():
+    """torch.compile's caches on disk know no versions of custom ops: another build's dtypes would be read as numbers."""
+    ran = subprocess.run(
+        [sys.executable, "-c", "import torch, torchmargin; print(torch.compiler.config.cache_key_tag)"],
+        env={**os.environ, "TORCH_COMPILE_CACHE_KEY_TAG": "mine"},
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    digest = hashlib.sha256(LIBRARY.read_bytes()).hexdigest()[:16]
+    assert ran.stdout.strip() == f"mine-torchmargin-{digest}", ran.stderr
 
 
 def test_the_library_links_no_python():

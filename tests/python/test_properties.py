@@ -74,11 +74,18 @@ def test_random_problems(case):
         exact = dtype == torch.float64
         tolerance = (1e-12 if exact else 2e-6) * size * len(y)
         assert abs(loss.item() - expected.item()) <= tolerance
+        lengths = torch.cat([t.detach().norm(dim=1) for t in wide[:2]])
+        shortest = min(1.0, lengths[lengths > 0].min().item()) if lengths.any() else 1.0
         for got, true in zip(gradients(loss, *leaves), gradients(expected, *wide)):
             assert got.dtype == dtype
             rounding = torch.finfo(dtype).eps
             error = (got.double() - true).norm()
-            assert error <= (1e-10 if exact else 2e-6 * size + rounding) * (true.norm() + size * 1e-3)
+            # Beside the share of the gradient: normalisation takes the radial part away, at most a logit's size over a
+            # length, and leaves its rounding in the products' dtype (in one dimension nothing else); the smallest
+            # number that the dtype can hold.
+            radial = torch.finfo(dtype if exact else torch.float32).eps * size * len(y) / shortest
+            least = torch.finfo(dtype).smallest_normal * rounding * got.numel() ** 0.5
+            assert error <= (1e-10 if exact else 2e-6 * size + rounding) * true.norm() + 8 * radial + least
 
 
 def _margin(parameters):

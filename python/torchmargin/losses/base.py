@@ -189,14 +189,16 @@ class MarginLoss(nn.Module):
         op = ops._linear_margin_cross_entropy_statistics if return_statistics else ops.linear_margin_cross_entropy
         if not self._fits(embeddings, labels):  # the op says what is wrong
             return op(embeddings, self.weight, labels, self.bias, **self._margin(), **self._reduction())
+        compute_dtype = self._compute_dtype(embeddings)
+        embeddings = self._widened(embeddings)
         before, fresh = self._advance_once(embeddings, labels)
         try:
             result = op(
-                self._widened(embeddings),
+                embeddings,
                 self.weight,
                 labels,
                 self.bias,
-                compute_dtype=self._compute_dtype(embeddings),
+                compute_dtype=compute_dtype,
                 **self._margin(),
                 **self._reduction(),
                 **self._row_margins(embeddings, labels),

@@ -12,9 +12,8 @@ namespace {
 using namespace torchmargin;
 
 constexpr double kPi = 3.14159265358979323846;
-const std::vector<Extension> kExtensions{
-    Extension::none, Extension::linear, Extension::easy, Extension::clip, Extension::monotonic,
-    Extension::continuous};
+const std::vector<Extension> kExtensions{Extension::none, Extension::linear,    Extension::easy,
+                                         Extension::clip, Extension::monotonic, Extension::continuous};
 
 MarginParameters margin(Extension extension, double m1) {
   MarginParameters parameters;
@@ -50,7 +49,8 @@ TEST(Cosine, DerivativesAreThoseOfTheValue) {
   const double h = 1e-6;
   for (const Extension extension : kExtensions) {
     for (const double m1 : {1.0, 2.5}) {
-      if (m1 != 1.0 && (extension == Extension::linear || extension == Extension::easy || extension == Extension::continuous)) {
+      if (m1 != 1.0 &&
+          (extension == Extension::linear || extension == Extension::easy || extension == Extension::continuous)) {
         continue;
       }
       const MarginParameters parameters = margin(extension, m1);

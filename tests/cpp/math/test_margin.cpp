@@ -46,7 +46,8 @@ long double psi(const MarginParameters& p, long double theta, long double m2, lo
 class EveryExtension : public testing::TestWithParam<Extension> {};
 
 TEST_P(EveryExtension, ValueAndDerivativesMatchLongDouble) {
-  const bool any_m1 = GetParam() != Extension::linear && GetParam() != Extension::easy && GetParam() != Extension::continuous;
+  const bool any_m1 =
+      GetParam() != Extension::linear && GetParam() != Extension::easy && GetParam() != Extension::continuous;
   for (const double m1 : {1.0, 1.5, 4.0}) {
     if (m1 != 1.0 && !any_m1) {
       continue;
@@ -82,7 +83,11 @@ INSTANTIATE_TEST_SUITE_P(
     Margin,
     EveryExtension,
     testing::Values(
-        Extension::none, Extension::linear, Extension::easy, Extension::clip, Extension::monotonic,
+        Extension::none,
+        Extension::linear,
+        Extension::easy,
+        Extension::clip,
+        Extension::monotonic,
         Extension::continuous));
 
 TEST(Margin, WithoutAMarginEveryExtensionIsTheCosine) {

@@ -87,20 +87,11 @@ TEST(Threads, TargetPass) {
     const std::vector<double> shift(2 * kRows, 1.0), sum(2 * kRows, 3.0), maximum(2 * kRows, 1.5);
     std::vector<std::vector<double>> wide(3, std::vector<double>(kRows));
     std::vector<std::vector<float>> rounded(2, std::vector<float>(kRows));
-    const TargetPassArgs args{
-        p.context(),
-        kRows,
-        2,
-        shift.data(),
-        sum.data(),
-        maximum.data(),
-        p.weight_sum.data(),
-        nullptr,
-        wide[0].data(),
-        wide[1].data(),
-        wide[2].data(),
-        rounded[0].data(),
-        rounded[1].data()};
+    const TargetPassArgs args{p.context(),         kRows,          2,
+                              shift.data(),        sum.data(),     maximum.data(),
+                              p.weight_sum.data(), nullptr,        wide[0].data(),
+                              wide[1].data(),      wide[2].data(), rounded[0].data(),
+                              rounded[1].data()};
     run([&](int64_t b, int64_t e) { target_pass_range(args, kAcc, b, e); }, kRows, threads);
     return std::pair(wide, rounded);
   });
