@@ -10,8 +10,8 @@ independent references. Beside it: careful eager PyTorch under autocast, which d
 absolute error over all logits. Loss: relative error of the rows. Gradients: relative error by norm (rms) and of
 the worst row.
 
---hard: a cosine of 0.7 to the own class and of 0.5 to one other, whose softmax weight is nearly 1, so that the gradient is
-nearly one product and an error common to a row's softmax weights is not hidden by the products' own. Float32; the
+--hard: a cosine of 0.7 to the own class and of 0.5 to one other, whose softmax weight is nearly 1, so that the gradient
+is nearly one product and an error common to a row's softmax weights is not hidden by the products' own. Float32; the
 truth is eager float64.
 """
 

@@ -78,7 +78,7 @@ def test_a_missing_library_is_named(tmp_path):
 
 
 def test_compiled_code_is_kept_for_this_library_only():
-    """torch.compile's caches on disk know no versions of custom ops: another build's dtypes would be read as numbers."""
+    """torch.compile's caches on disk know no versions of custom ops: another build's dtypes would be misread."""
     ran = subprocess.run(
         [sys.executable, "-c", "import torch, torchmargin; print(torch.compiler.config.cache_key_tag)"],
         env={**os.environ, "TORCH_COMPILE_CACHE_KEY_TAG": "mine"},
