@@ -374,3 +374,20 @@ def test_a_16_bit_body_before_a_float32_head(name, dtype):
         torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="to have the dtype of input"):
         loss.double()(narrow, y)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_the_hooks_cannot_read_is_refused_by_the_op(name):
+    loss, (x, y) = _make(name), _batch()
+    state = {key: buffer.clone() for key, buffer in loss.named_buffers()}
+    for embeddings, labels, text in (
+        (x.to("meta"), y, "expected weight on the device of input, meta, but got cpu"),
+        (x, y.to("meta"), "expected target on the device of input, cpu, but got meta"),
+        (x, y.int(), "expected target to be int64, but got int32"),
+        (x[0], y, r"expected input to have shape \[B, D\], but got \[8\]"),
+        (x, y[1:], r"expected target to have shape \[12\], but got \[11\]"),
+        (x[:, 1:], y, r"expected weight to have shape \[C, 7\], but got \[17, 8\]"),
+    ):
+        with pytest.raises(RuntimeError, match=f"linear_margin_cross_entropy: {text}"):
+            loss(embeddings, labels)
+    assert all(torch.equal(buffer, state[key]) for key, buffer in loss.named_buffers())

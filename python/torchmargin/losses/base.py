@@ -261,6 +261,7 @@ class MarginLoss(nn.Module):
             and labels.dtype == torch.int64
             and labels.dim() == 1
             and labels.shape[0] == embeddings.shape[0]
+            and labels.device == embeddings.device == self.weight.device
         )
 
     def _widens(self, embeddings: Tensor) -> bool:
@@ -327,6 +328,8 @@ class MarginLoss(nn.Module):
         """
         if not self.training or type(self).advance is MarginLoss.advance:
             return {}, None
+        if self._recalls is None or self._recalls.device != embeddings.device:
+            self._make_log()  # a replica of nn.DataParallel
         names = self._moving
         buffers = {name: self.number(name) for name in names}
         clones = {name: buffer.clone() for name, buffer in buffers.items()}
@@ -493,8 +496,8 @@ class MarginLoss(nn.Module):
         try:
             with self._checked_together():
                 for key, name in saved.items():
-                    if key in state_dict and not state_dict[key].is_meta:
-                        value = state_dict[key].detach()
+                    value = torch.as_tensor(state_dict.get(key, torch.empty(0, device="meta"))).detach()
+                    if not value.is_meta:
                         setattr(self, name, value.item() if value.dim() == 0 else value)
         except (RuntimeError, TypeError, ValueError) as error:
             error_msgs.append(f"{prefix or type(self).__name__}: {error}")
