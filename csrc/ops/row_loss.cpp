@@ -17,23 +17,26 @@
 #include "ops/cross_entropy.h"
 #include "ops/find_op.h"
 
+// The arguments of both ops, as C++ parameters and as a call's arguments.
+#define TORCHMARGIN_ROW_LOSS_PARAMETERS                                                                    \
+  const at::Tensor &other_lse, const at::Tensor &target_logit, const std::optional<at::Tensor>&mean_logit, \
+      const at::Tensor &target, double label_smoothing, int64_t ignore_index
+#define TORCHMARGIN_ROW_LOSS_ARGUMENTS other_lse, target_logit, mean_logit, target, label_smoothing, ignore_index
+#define TORCHMARGIN_ROW_LOSS_BACKWARD_PARAMETERS                                                  \
+  [[maybe_unused]] const at::Tensor &grad, const at::Tensor &other_lse,                           \
+      [[maybe_unused]] const at::Tensor &target_logit, [[maybe_unused]] const at::Tensor &target, \
+      [[maybe_unused]] double label_smoothing, [[maybe_unused]] int64_t ignore_index
+#define TORCHMARGIN_ROW_LOSS_BACKWARD_ARGUMENTS grad, other_lse, target_logit, target, label_smoothing, ignore_index
+
 namespace torchmargin {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 at::Tensor zero_like(const at::Tensor& tensor) {
   return at::zeros({}, tensor.options().requires_grad(false));
 }
 
 // Differentiable in every mode, and what the op is made of.
-at::Tensor row_loss_formula(
-    const at::Tensor& other_lse,
-    const at::Tensor& target_logit,
-    const OptionalTensor& mean_logit,
-    const at::Tensor& target,
-    double label_smoothing,
-    int64_t ignore_index) {
+at::Tensor row_loss_formula(TORCHMARGIN_ROW_LOSS_PARAMETERS) {
   // NB: ignored rows are replaced before and after the arithmetic: 0 * NaN once more.
   const at::Tensor valid = target.ne(ignore_index);
   const at::Tensor zero = zero_like(other_lse);
@@ -52,13 +55,7 @@ at::Tensor row_loss_formula(
 using GradientTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // The gradients of o, t and Z / C, in ATen: their own derivatives are autograd's.
-GradientTuple row_loss_gradients(
-    const at::Tensor& grad,
-    const at::Tensor& other_lse,
-    const at::Tensor& target_logit,
-    const at::Tensor& target,
-    double label_smoothing,
-    int64_t ignore_index) {
+GradientTuple row_loss_gradients(TORCHMARGIN_ROW_LOSS_BACKWARD_PARAMETERS) {
   const at::Tensor zero = zero_like(other_lse);
   const at::Tensor g = at::where(target.ne(ignore_index), grad, zero);
   const at::Tensor gap = other_lse - target_logit;
@@ -72,44 +69,21 @@ GradientTuple row_loss_gradients(
 }
 
 // NB: an op, for compiled autograd runs a node's function on gradients of unknown length.
-GradientTuple call_row_loss_backward(
-    const at::Tensor& grad,
-    const at::Tensor& other_lse,
-    const at::Tensor& target_logit,
-    const at::Tensor& target,
-    double label_smoothing,
-    int64_t ignore_index) {
-  static const auto op = find_op<GradientTuple(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double, int64_t)>(
-      "torchmargin::_margin_row_loss_backward");
-  return op.call(grad, other_lse, target_logit, target, label_smoothing, ignore_index);
+GradientTuple call_row_loss_backward(TORCHMARGIN_ROW_LOSS_BACKWARD_PARAMETERS) {
+  static const auto op =
+      find_op<GradientTuple(TORCHMARGIN_ROW_LOSS_BACKWARD_PARAMETERS)>("torchmargin::_margin_row_loss_backward");
+  return op.call(TORCHMARGIN_ROW_LOSS_BACKWARD_ARGUMENTS);
 }
 
-at::Tensor row_loss(
-    const at::Tensor& other_lse,
-    const at::Tensor& target_logit,
-    const OptionalTensor& mean_logit,
-    const at::Tensor& target,
-    double label_smoothing,
-    int64_t ignore_index) {
-  return row_loss_formula(other_lse, target_logit, mean_logit, target, label_smoothing, ignore_index);
-}
-
-at::Tensor row_loss_autograd(
-    const at::Tensor& other_lse,
-    const at::Tensor& target_logit,
-    const OptionalTensor& mean_logit,
-    const at::Tensor& target,
-    double label_smoothing,
-    int64_t ignore_index) {
+at::Tensor row_loss_autograd(TORCHMARGIN_ROW_LOSS_PARAMETERS) {
   const OptionalTensors inputs{other_lse, target_logit, mean_logit};
   if (any_has_tangent(inputs)) {
-    return row_loss_formula(other_lse, target_logit, mean_logit, target, label_smoothing, ignore_index);
+    return row_loss_formula(TORCHMARGIN_ROW_LOSS_ARGUMENTS);
   }
   at::Tensor loss;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    loss = call_row_loss(other_lse, target_logit, mean_logit, target, label_smoothing, ignore_index);
+    loss = call_row_loss(TORCHMARGIN_ROW_LOSS_ARGUMENTS);
   }
   if (any_requires_grad(inputs)) {
     const auto run = [label_smoothing, ignore_index](
@@ -129,34 +103,22 @@ at::Tensor row_loss_autograd(
   return loss;
 }
 
-GradientTuple row_loss_backward_autograd(
-    const at::Tensor& grad,
-    const at::Tensor& other_lse,
-    const at::Tensor& target_logit,
-    const at::Tensor& target,
-    double label_smoothing,
-    int64_t ignore_index) {
+GradientTuple row_loss_backward_autograd(TORCHMARGIN_ROW_LOSS_BACKWARD_PARAMETERS) {
   const OptionalTensors inputs{grad, other_lse, target_logit};
   if (any_has_tangent(inputs) || any_requires_grad(inputs)) {
-    return row_loss_gradients(grad, other_lse, target_logit, target, label_smoothing, ignore_index);
+    return row_loss_gradients(TORCHMARGIN_ROW_LOSS_BACKWARD_ARGUMENTS);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return call_row_loss_backward(grad, other_lse, target_logit, target, label_smoothing, ignore_index);
+  return call_row_loss_backward(TORCHMARGIN_ROW_LOSS_BACKWARD_ARGUMENTS);
 }
 
-GradientTuple row_loss_backward_meta(
-    const at::Tensor& /*grad*/,
-    const at::Tensor& other_lse,
-    const at::Tensor& /*target_logit*/,
-    const at::Tensor& /*target*/,
-    double /*label_smoothing*/,
-    int64_t /*ignore_index*/) {
+GradientTuple row_loss_backward_meta(TORCHMARGIN_ROW_LOSS_BACKWARD_PARAMETERS) {
   const auto rows = [&] { return at::empty_symint(other_lse.sym_sizes(), other_lse.options()); };
   return {rows(), rows(), rows()};
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, CompositeExplicitAutograd, library) {
-  library.impl("_margin_row_loss", row_loss);
+  library.impl("_margin_row_loss", row_loss_formula);
   library.impl("_margin_row_loss_backward", row_loss_gradients);
 }
 
@@ -171,17 +133,9 @@ TORCH_LIBRARY_IMPL(torchmargin, Meta, library) {
 
 } // namespace
 
-at::Tensor call_row_loss(
-    const at::Tensor& other_lse,
-    const at::Tensor& target_logit,
-    const OptionalTensor& mean_logit,
-    const at::Tensor& target,
-    double label_smoothing,
-    int64_t ignore_index) {
-  static const auto op = find_op<at::Tensor(
-      const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&, double, int64_t)>(
-      "torchmargin::_margin_row_loss");
-  return op.call(other_lse, target_logit, mean_logit, target, label_smoothing, ignore_index);
+at::Tensor call_row_loss(TORCHMARGIN_ROW_LOSS_PARAMETERS) {
+  static const auto op = find_op<at::Tensor(TORCHMARGIN_ROW_LOSS_PARAMETERS)>("torchmargin::_margin_row_loss");
+  return op.call(TORCHMARGIN_ROW_LOSS_ARGUMENTS);
 }
 
 } // namespace torchmargin
