@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from torchmargin.losses.base import CommonOptions, MarginLoss
-from torchmargin.losses.numbers import Number, check_not_negative, check_radians, check_share
+from torchmargin.losses.numbers import Number, check_finite, check_radians, check_share
 
 __all__ = ["AdaFaceLoss", "ElasticFaceLoss", "MagFaceLoss"]
 
@@ -175,6 +175,12 @@ class MagFaceLoss(_ByLength):
         return f"{super().describe_margin()}, a=({self.a_min:g}, {self.a_max:g}), m=({self.m_min:g}, {self.m_max:g})"
 
 
+def _check_deviation(name: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"expected {name} not to be negative, but got {value}")
+    check_finite(name, value)
+
+
 class ElasticFaceLoss(MarginLoss):
     """ElasticFace: Boutros et al., CVPR workshops 2022 (arXiv:2109.09416).
 
@@ -184,7 +190,7 @@ class ElasticFaceLoss(MarginLoss):
     """
 
     margin = Number(check_radians)
-    deviation = Number(check_not_negative)
+    deviation = Number(_check_deviation)
     _unsaved = MarginLoss._unsaved | {"m1", "m2", "m3"}
     _options = {**MarginLoss._options, "kind": ("arc", "cos")}
 
