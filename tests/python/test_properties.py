@@ -10,6 +10,7 @@ import torchmargin.functional as F
 from torchmargin import reference
 
 from conftest import gradients, problem
+from rounding import LinearRounding, assert_within, stored
 
 SETTINGS = hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -68,28 +69,13 @@ def test_random_problems(case):
         if expected.isnan():  # every row is ignored
             assert loss.isnan()
             return
-        # Logits of at most some 64 x 9 x 9 in float32 products: 1e-6 of their size.
-        logits = reference.margin_logits(wide[0], wide[1], y, *wide[2:], **_margin(parameters))
-        size = 1 + logits.abs().max().item()
-        exact = dtype == torch.float64
-        tolerance = (1e-12 if exact else 2e-6) * size * len(y)
-        assert abs(loss.item() - expected.item()) <= tolerance
-        lengths = torch.cat([t.detach().norm(dim=1) for t in wide[:2]])
-        shortest = min(1.0, lengths[lengths > 0].min().item()) if lengths.any() else 1.0
-        for got, true in zip(gradients(loss, *leaves), gradients(expected, *wide)):
+        rounding = LinearRounding(leaves[0], leaves[1], y, *leaves[2:], **parameters)
+        smoothing, divisor = parameters["label_smoothing"], (y >= 0).sum() if parameters["reduction"] == "mean" else 1
+        assert_within(loss, expected, rounding.loss(smoothing, divisor) + stored(expected, loss.dtype))
+        bounds = rounding.loss_gradients(1 / divisor, smoothing)
+        for got, true, bound in zip(gradients(loss, *leaves), gradients(expected, *wide), bounds):
             assert got.dtype == dtype
-            rounding = torch.finfo(dtype).eps
-            error = (got.double() - true).norm()
-            # Beside the share of the gradient: normalisation takes the radial part away, at most a logit's size over a
-            # length, and leaves its rounding in the products' dtype (in one dimension nothing else); the smallest
-            # number that the dtype can hold.
-            radial = torch.finfo(dtype if exact else torch.float32).eps * size * len(y) / shortest
-            least = torch.finfo(dtype).smallest_normal * rounding * got.numel() ** 0.5
-            assert error <= (1e-10 if exact else 2e-6 * size + rounding) * true.norm() + 8 * radial + least
-
-
-def _margin(parameters):
-    return {k: v for k, v in parameters.items() if k not in ("label_smoothing", "reduction")}
+            assert_within(got, true, bound + stored(true, dtype))
 
 
 FORMS = {
@@ -98,6 +84,13 @@ FORMS = {
     "softmax": {"normalize_input": False, "normalize_weight": False},
     "combined": {"scale": 16.0, "m1": 1.1, "m2": 0.2, "m3": 0.1},
 }
+
+
+def _assert_near(got, expected, rounding, upstream=1.0, times=1):
+    """A loss and its gradients of input and weight, within the bounds of rounding."""
+    bounds = (rounding.loss(0.0, 1 / upstream), *rounding.loss_gradients(upstream))
+    for ours, theirs, bound in zip(got, expected, bounds):
+        assert_within(ours, theirs, times * bound)
 
 
 def _value_and_gradients(x, w, y, form, **more):
@@ -111,7 +104,8 @@ def test_rotating_all_vectors_changes_nothing(form):
     turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
     loss, grad_x, grad_w = _value_and_gradients(x, w, y, form)
     turned = _value_and_gradients((x @ turn).detach().requires_grad_(), (w @ turn).detach().requires_grad_(), y, form)
-    torch.testing.assert_close(turned, (loss, grad_x @ turn, grad_w @ turn))
+    # The turned vectors are rounded as the products of D terms that they are: as much again at the most.
+    _assert_near(turned, (loss, grad_x @ turn, grad_w @ turn), LinearRounding(x, w, y, **FORMS[form]), 1 / 9, times=2)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -120,7 +114,8 @@ def test_permuting_classes_permutes_the_weights_gradient(form):
     order = torch.randperm(23)
     loss, grad_x, grad_w = _value_and_gradients(x, w, y, form)
     permuted = _value_and_gradients(x, w[order].detach().requires_grad_(), order.argsort()[y], form)
-    torch.testing.assert_close(permuted, (loss, grad_x, grad_w[order]))
+    rounding = LinearRounding(x, w[order], order.argsort()[y], **FORMS[form])
+    _assert_near(permuted, (loss, grad_x, grad_w[order]), rounding, 1 / 9)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -133,7 +128,8 @@ def test_equal_margins_of_rows_are_a_margin(form):
         x, w, y, sample_m2=m2 * ones, sample_m3=m3 * ones, sample_margin_weight=0.7 * ones, **options
     )
     expected = F.linear_margin_cross_entropy(x, w, y, m2=m2, m3=m3, margin_weight=0.7, **options)
-    torch.testing.assert_close((loss, *gradients(loss, x, w)), (expected, *gradients(expected, x, w)))
+    rounding = LinearRounding(x, w, y, **FORMS[form])
+    _assert_near((loss, *gradients(loss, x, w)), (expected, *gradients(expected, x, w)), rounding, 1 / 9)
 
 
 def test_a_zero_margin_is_no_margin():
@@ -162,12 +158,15 @@ def test_classes_in_two_parts_merge_to_one_call(form):
         parts[0].target_logit + parts[1].target_logit,
         parts[0].logit_sum + parts[1].logit_sum,
     )
-    torch.testing.assert_close(merged, tuple(whole[:3]))
-    torch.testing.assert_close(torch.maximum(*(p.max_other_logit for p in parts)), whole.max_other_logit)
+    merged += (torch.maximum(*(p.max_other_logit for p in parts)),)
+    rounding = LinearRounding(x, w, y, b, **FORMS[form])
+    bounds = (rounding.lse, rounding.target, rounding.total, rounding.logit)
+    for got, expected, bound in zip(merged, (*whole[:3], whole.max_other_logit), bounds):
+        assert_within(got, expected, 2 * bound)  # of the parts, and of the whole
     upstream = [torch.randn(9, dtype=torch.float64) for _ in range(3)]
-    torch.testing.assert_close(
-        torch.autograd.grad(merged, (x, w, b), upstream), torch.autograd.grad(whole[:3], (x, w, b), upstream)
-    )
+    grads = [torch.autograd.grad(results[:3], (x, w, b), upstream) for results in (merged, whole)]
+    for got, expected, bound in zip(*grads, rounding.gradients(*upstream)):
+        assert_within(got, expected, 2 * bound)
 
 
 @pytest.mark.parametrize("form", ["arcface", "combined"])
@@ -178,5 +177,7 @@ def test_the_cosine_loss_is_the_linear_loss_of_unit_vectors(form):
         F.margin_cross_entropy(cosine, y, **FORMS[form]),
         F.linear_margin_cross_entropy(x, w, y, **FORMS[form]),
     )
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradients(loss, x, w), gradients(expected, x, w))
+    # The angle of a rounded cosine is 1 / sin(theta) as far off, and its slope once more.
+    rounding = LinearRounding(x, w, y, **FORMS[form])
+    times = 1 / rounding.sine.min().item() ** 2
+    _assert_near((loss, *gradients(loss, x, w)), (expected, *gradients(expected, x, w)), rounding, 1 / 9, times)

@@ -1,0 +1,127 @@
+"""What rounding may do to results and gradients: the tests' tolerances.
+
+First order and worst case: n roundings of at most u each move a sum by at most n u times the sum of its terms' sizes
+(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). In float64 the library and its reference both
+round: their difference has 2 u. In float32, and for 16-bit inputs, only the library's products and sums count: its
+target pass and what it makes of a row's sums are float64 (docs/numerics.md), and so is the reference.
+"""
+
+import torch
+
+
+def unit_roundoff(dtype):
+    """Of what the library computes in, for inputs of `dtype`; twice that where the reference rounds as well."""
+    return torch.finfo(torch.float64).eps if dtype == torch.float64 else torch.finfo(torch.float32).eps / 2
+
+
+def stored(expected, dtype):
+    """How far a float64 number moves when it is rounded once to `dtype`, at most; 0 is rounded up to a subnormal."""
+    info = torch.finfo(dtype)
+    return expected.detach().abs() * info.eps / 2 + info.smallest_normal * info.eps
+
+
+def assert_within(got, expected, bound, what=""):
+    """Every element is nearer to what is expected than its bound. NaN is near nothing, an infinity to itself."""
+    got, expected = got.detach().double(), expected.detach().double()
+    error = torch.where(got == expected, 0.0, (got - expected).abs())
+    bound = torch.as_tensor(bound, dtype=torch.float64).expand(error.shape)
+    far = ~(error <= bound)
+    assert not far.any(), f"{what} {int(far.sum())} of {far.numel()} are off, by {(error / bound)[far].max():.3g} bounds"
+
+
+class LinearRounding:
+    """Bounds for the linear ops on one problem; without targets `y` they have no margin.
+
+    Attributes, each [B]: `logit` of another class, `lse` of the others, `target` logit with its margin, `total` of all
+    logits, `sine` of the angle; `angle`, a number.
+    """
+
+    def __init__(
+        self, x, w, y=None, b=None, *, scale=1.0, m1=1.0, m2=0.0, m3=0.0, normalize_input=True, normalize_weight=True,
+        **_,
+    ):  # fmt: skip
+        wide, u = x.dtype == torch.float64, unit_roundoff(x.dtype)
+        x, w = x.detach().double(), w.detach().double()
+        (rows, features), classes = x.shape, len(w)
+        x_norm, w_norm = x.norm(dim=1), w.norm(dim=1)
+        one = torch.ones_like(x_norm)
+        alpha = one if normalize_input else x_norm
+        beta = 1.0 if normalize_weight else w_norm.max()
+        inverse = lambda norm: torch.where(norm > 0, 1 / norm, 0.0)  # noqa: E731  (a zero row has no gradient)
+        # float32 sums over rows and classes go by tiles, of 128 or more where there are thousands.
+        added = lambda terms: terms if wide else min(terms, 256 + terms / 128)  # noqa: E731
+        # The largest a row's logits are, and a bound of psi, its slopes and its angle under every extension.
+        size = scale * alpha * beta + (0.0 if b is None else b.detach().double().abs().max())
+        margin = 2 + 2 * m1 + 2 * abs(m2) + abs(m3)
+        # A unit vector: its sum of squares, root, reciprocal and product; in float32 the last two.
+        unit = features + 8 if wide else 2
+        self.logit = u * (features + 2 * unit + 4) * size
+        # Not more than 1024 float32 terms are added in float32. exp and log are good to some u.
+        self.lse = self.logit + u * ((classes if wide else min(classes, 1024)) + 8 * (1 + size))
+        self.target = (margin * self.logit if wide else 0.0) + 4 * u * margin * size
+        self.angle = u * (4 * unit + 16)
+        self.total = classes * (self.logit + (u * classes * size if wide else 0.0)) + self.target
+
+        # The softmax weights of the other classes, and which class is a row's own.
+        logits = scale * (x * (inverse(x_norm) if normalize_input else one)[:, None]) @ (
+            w * (inverse(w_norm) if normalize_weight else torch.ones_like(w_norm))[:, None]
+        ).T + (0.0 if b is None else b.detach().double())
+        target = torch.full((rows,), -1) if y is None else y
+        self._is_own = (torch.arange(classes) == target[:, None]).double()
+        self._softmax = logits.masked_fill(self._is_own.bool(), -torch.inf).softmax(1).nan_to_num(0.0)
+        # sin(theta): a tangent is a difference of two unit vectors over it; there is none closer than 2^-50 (1 stands).
+        unit_x, own = torch.nn.functional.normalize(x), torch.nn.functional.normalize(w)[target.clamp(0, classes - 1)]
+        delta, sigma = (unit_x - own).norm(dim=1), (unit_x + own).norm(dim=1)
+        parallel = (torch.minimum(delta, sigma) <= 2.0**-50) | (target < 0) | (target >= classes)
+        self.sine = torch.where(parallel, 1.0, delta * sigma / 2)
+        # A tangent plane's projection doubles what is projected.
+        self._of_input = scale * beta * (2 * inverse(x_norm) if normalize_input else one)
+        self._of_weight = scale * (2 * inverse(w_norm) if normalize_weight else torch.ones_like(w_norm))
+        self._alpha, self._classes = alpha, classes
+        # Relative errors of a gradient's parts: a product of a softmax weight, which has twice the error of a
+        # log-sum-exp, and a vector; a sum of them over classes or rows; the target's slope times its tangent.
+        self._sum = u * (added(classes) + added(rows) + features + 2 * unit)
+        self._others = 2 * self.lse + self._sum
+        self._own = margin * u * ((2 * unit + 16) / self.sine + rows if wide else 2.0)
+        self._margin, self._size = margin, size
+
+    def results(self):
+        """Of linear_margin_lse's."""
+        return self.lse, self.target, self.total, self.angle, self.logit
+
+    def gradients(self, others, own, total=0.0, factor_error=0.0):
+        """Of input, weight and bias, from the upstream gradients [B] of other_lse, target_logit and logit_sum.
+
+        `factor_error`: a relative error [B] of these themselves.
+        """
+        others, own, total = (torch.as_tensor(g).detach().double().abs() + 0 * self._size for g in (others, own, total))
+        of_others = others * (self._others + factor_error)
+        of_own = self._margin * own * (self._own + factor_error) + total * self._own
+        of_total = total * (self._sum + factor_error)
+        by_class = lambda others, own, total: (  # noqa: E731
+            self._softmax.T @ others + self._is_own.T @ (own + total) + total.sum()
+        )
+        of_input = self._of_input * (of_others + of_own + self._classes * of_total)
+        of_weight = self._of_weight * by_class(*(self._alpha * part for part in (of_others, of_own, of_total)))
+        return of_input[:, None], of_weight[:, None], by_class(of_others, of_own, of_total)
+
+    def loss(self, label_smoothing=0.0, divisor=None):
+        """softplus(o - t) + label_smoothing (t - Z / C) of each row [B], or their sum over a divisor."""
+        smoothed = label_smoothing * (self.target + self.total / self._classes)
+        u = unit_roundoff(torch.float64)
+        rows = self.lse + self.target + smoothed + 8 * u * (1 + self._margin * self._size)
+        if divisor is None:
+            return rows
+        return (rows + u * len(rows) * (2 * self._margin * self._size + self.lse)).sum() / divisor
+
+    def loss_gradients(self, upstream=1.0, label_smoothing=0.0):
+        """Of input, weight and bias, from the upstream gradient [B] of each row's loss."""
+        upstream = torch.as_tensor(upstream).detach().double().abs() + 0 * self._size
+        own, total = (1 + label_smoothing) * upstream, label_smoothing * upstream / self._classes
+        # sigmoid(o - t) multiplies all of them and has the error of its argument.
+        return self.gradients(upstream, own, total, factor_error=self.lse + self.target)
+
+    def sample_gradients(self, upstream=1.0):
+        """Of sample_m2 and sample_m3, from the upstream gradient [B] of each row's loss."""
+        upstream = torch.as_tensor(upstream).detach().double().abs()
+        return upstream * (self._margin * self._size * (self.lse + self.target) + self.target)
