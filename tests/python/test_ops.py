@@ -99,7 +99,8 @@ def test_sample_margins_and_their_gradients(workspace):
         assert_within(ours, theirs, rounding.target)
         # psi's slopes to m2 and m3 have the bound of psi itself.
         bounds = (*rounding.gradients(0.0, 1.0)[:2], rounding.target, rounding.target)
-        for got, expected, bound in zip(gradients(ours.sum(), x, w, m2, m3), gradients(theirs.sum(), x, w, m2, m3), bounds):
+        pairs = zip(gradients(ours.sum(), x, w, m2, m3), gradients(theirs.sum(), x, w, m2, m3))
+        for (got, expected), bound in zip(pairs, bounds):
             assert_within(got, expected, bound)
 
 
