@@ -6,6 +6,8 @@ round: their difference has 2 u. In float32, and for 16-bit inputs, only the lib
 target pass and what it makes of a row's sums are float64 (docs/numerics.md), and so is the reference.
 """
 
+import math
+
 import torch
 
 
@@ -26,7 +28,7 @@ def assert_within(got, expected, bound, what=""):
     error = torch.where(got == expected, 0.0, (got - expected).abs())
     bound = torch.as_tensor(bound, dtype=torch.float64).expand(error.shape)
     far = ~(error <= bound)
-    assert not far.any(), f"{what} {int(far.sum())} of {far.numel()} are off, by {(error / bound)[far].max():.3g} bounds"
+    assert not far.any(), f"{what} {int(far.sum())} of {far.numel()} off by up to {(error / bound)[far].max():.3g} bounds"
 
 
 class LinearRounding:
@@ -69,6 +71,7 @@ class LinearRounding:
         target = torch.full((rows,), -1) if y is None else y
         self._is_own = (torch.arange(classes) == target[:, None]).double()
         self._softmax = logits.masked_fill(self._is_own.bool(), -torch.inf).softmax(1).nan_to_num(0.0)
+        self._flushed = math.exp(-50)  # smaller softmax weights are 0 (docs/design.md)
         # sin(theta): a tangent is a difference of two unit vectors over it; there is none closer than 2^-50 (1 stands).
         unit_x, own = torch.nn.functional.normalize(x), torch.nn.functional.normalize(w)[target.clamp(0, classes - 1)]
         delta, sigma = (unit_x - own).norm(dim=1), (unit_x + own).norm(dim=1)
@@ -103,7 +106,9 @@ class LinearRounding:
         )
         of_input = self._of_input * (of_others + of_own + self._classes * of_total)
         of_weight = self._of_weight * by_class(*(self._alpha * part for part in (of_others, of_own, of_total)))
-        return of_input[:, None], of_weight[:, None], by_class(of_others, of_own, of_total)
+        of_weight = of_weight + self._of_weight * self._flushed * (self._alpha * others).sum()
+        of_bias = by_class(of_others, of_own, of_total) + self._flushed * others.sum()
+        return of_input[:, None], of_weight[:, None], of_bias
 
     def loss(self, label_smoothing=0.0, divisor=None):
         """softplus(o - t) + label_smoothing (t - Z / C) of each row [B], or their sum over a divisor."""
@@ -125,3 +130,42 @@ class LinearRounding:
         """Of sample_m2 and sample_m3, from the upstream gradient [B] of each row's loss."""
         upstream = torch.as_tensor(upstream).detach().double().abs()
         return upstream * (self._margin * self._size * (self.lse + self.target) + self.target)
+
+    def logits_gradients(self, upstream):
+        """Of input, weight and bias, from the upstream gradient [B, C] of margin_logits."""
+        error = upstream.detach().double().abs() * (self._sum + self._is_own * (self._margin * self._own)[:, None])
+        of_weight = self._of_weight * (self._alpha @ error)
+        return (self._of_input * error.sum(1))[:, None], of_weight[:, None], error.sum(0)
+
+
+class CosineRounding:
+    """Bounds for the ops on given cosines: of `psi`, its `slope` to the cosine, and of the loss of targets `y`."""
+
+    def __init__(self, cosine, y=None, *, scale=1.0, m1=1.0, m2=0.0, m3=0.0, **_):
+        self._wide, u = cosine.dtype == torch.float64, unit_roundoff(torch.float64)
+        cosine = cosine.detach().double()
+        self._margin = 2 + 2 * m1 + 2 * abs(m2) + abs(m3)
+        # Some ten roundings make an angle of at most pi, and psi of it; the slope is psi's to the angle over the sine.
+        self.psi = 48 * u * self._margin
+        self.slope = self.psi / (1 - cosine.square()).clamp(min=0).sqrt()
+        if y is None:
+            return
+        classes = cosine.shape[1]
+        rounds = unit_roundoff(torch.float64 if self._wide else torch.float32)
+        self._is_own = (torch.arange(classes) == y[:, None]).double()
+        self._softmax = (scale * cosine).masked_fill(self._is_own.bool(), -torch.inf).softmax(1)
+        self._scale, self._size = scale, scale * cosine.abs().amax(1).clamp(max=2)
+        self._others = rounds * ((classes if self._wide else min(classes, 1024)) + 8 * (1 + self._size))
+        self._rows = self._others + scale * self.psi + 8 * u * (1 + self._margin * scale)
+
+    def loss(self, label_smoothing=0.0):
+        """Of each row, [B]. With smoothing a sum of C logits, in float64, joins."""
+        classes = self._softmax.shape[1]
+        return self._rows + label_smoothing * (self._rows + unit_roundoff(torch.float64) * classes * self._size)
+
+    def loss_gradient(self, upstream=1.0, label_smoothing=0.0):
+        """[B, C]: softmax weights, the own class's slope, and label_smoothing / C."""
+        upstream = (torch.as_tensor(upstream).detach().double().abs() + 0 * self._rows)[:, None]
+        own = self._margin * self._rows[:, None] + self.slope
+        parts = 3 * self._rows[:, None] * (self._softmax + label_smoothing / self._softmax.shape[1])
+        return upstream * self._scale * (parts + (1 + label_smoothing) * self._is_own * own.nan_to_num(posinf=0.0))
