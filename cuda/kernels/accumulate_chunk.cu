@@ -35,8 +35,7 @@ void launch_accumulate_chunk(const AccumulateChunkArgs& args, c10::ScalarType ac
   }
   with_acc(acc, [&](auto zero) {
     using T = decltype(zero);
-    TORCHMARGIN_LAUNCH(
-        accumulate_chunk_kernel<T>, static_cast<unsigned>(args.tile.row_count), kThreads, stream, args);
+    TORCHMARGIN_LAUNCH(accumulate_chunk_kernel<T>, static_cast<unsigned>(args.tile.row_count), kThreads, stream, args);
   });
 }
 

@@ -42,7 +42,8 @@ __global__ void cosine_forward_kernel(CosineForwardArgs args) {
   const int64_t i = blockIdx.x;
   const CosineRow<Scalar, T> row(context, i);
   const OwnMargin own = own_margin<Scalar>(context, i);
-  const RowLse others = row_lse<T, CosineRow<Scalar, T>::kCount>(row, context.classes, own.target, /*bounded=*/false, scratch);
+  const RowLse others =
+      row_lse<T, CosineRow<Scalar, T>::kCount>(row, context.classes, own.target, /*bounded=*/false, scratch);
   double sum = 0.0;
   if (args.with_logit_sum) {
     for (int64_t j = team.rank; j < context.classes; j += team.size) {
@@ -138,7 +139,8 @@ void launch_transform(const TransformArgs& args, int64_t count, cudaStream_t str
   const int64_t blocks = (count + kThreads - 1) / kThreads;
   with_dtype(args.dtype, [&](auto scalar) {
     const auto kernel = transform_kernel<decltype(scalar)>;
-    TORCHMARGIN_LAUNCH(kernel, static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), kThreads, stream, args, count);
+    TORCHMARGIN_LAUNCH(
+        kernel, static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), kThreads, stream, args, count);
   });
 }
 

@@ -1,5 +1,5 @@
-// Products to rows of grad_weight and grad_bias: a warp a class. The classes without rows of their own, nearly all of them,
-// have a kernel that needs few registers.
+// Products to rows of grad_weight and grad_bias: a warp a class. The classes without rows of their own, nearly all of
+// them, have a kernel that needs few registers.
 #include "kernels/device.cuh"
 #include "kernels/launch.h"
 #include "sweep/dispatch.h"
@@ -93,8 +93,8 @@ __global__ void finish_plain_classes_kernel(FinishClassesArgs args) {
   }
 }
 
-// The class that warp `index` finishes: the index-th of the chunk where all are smoothed, else that of the index-th target,
-// if it is the first of its class and in the chunk; -1: none.
+// The class that warp `index` finishes: the index-th of the chunk where all are smoothed, else that of the index-th
+// target, if it is the first of its class and in the chunk; -1: none.
 __device__ int64_t class_of_warp(const FinishClassesArgs& args, int64_t index) {
   if (args.input_sum != nullptr) {
     return index < args.class_count ? index : -1;
@@ -108,7 +108,7 @@ __device__ int64_t class_of_warp(const FinishClassesArgs& args, int64_t index) {
 
 template <typename Scalar, typename T>
 __global__ void finish_classes_kernel(FinishClassesArgs args) {
-  TORCHMARGIN_SHARED(double, scratch, kWarps * kSlice);
+  TORCHMARGIN_SHARED(double, scratch, (kWarps * kSlice));
   const int64_t local = class_of_warp(args, static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp);
   if (local < 0) {
     return; // the whole warp

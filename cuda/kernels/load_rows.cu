@@ -7,7 +7,8 @@
 namespace torchmargin::device {
 namespace {
 
-// The factor of a row with row_factor f: 0 where f is 0, and where what is left of it would only make products denormal.
+// The factor of a row with row_factor f: 0 where f is 0, and where what is left of it would only make products
+// denormal.
 __device__ double given_factor(const LoadRowsArgs& args, int64_t i) {
   const double scale = args.operand_scale != nullptr ? *args.operand_scale : 1.0;
   if (args.row_factor == nullptr) {

@@ -1,8 +1,9 @@
 // The softmax weights Q of the other classes of a tile, in the products' dtype: a thread some columns of several rows.
-#include "kernels/launch.h"
-#include "kernels/tile.cuh"
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+
+#include "kernels/launch.h"
+#include "kernels/tile.cuh"
 
 namespace torchmargin::device {
 namespace {

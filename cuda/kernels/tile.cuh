@@ -19,8 +19,8 @@ struct Columns {
       bias.values[e] = T(0);
     }
     if (tile.class_factors != nullptr) {
-      factors = Row<const T>(static_cast<const T*>(tile.class_factors), tile.class_count)
-                    .template read<kCount>(first, T(1));
+      factors =
+          Row<const T>(static_cast<const T*>(tile.class_factors), tile.class_count).template read<kCount>(first, T(1));
     }
     if (tile.bias != nullptr) {
       bias = Row<const T>(static_cast<const T*>(tile.bias), tile.class_count).template read<kCount>(first, T(0));
