@@ -1,0 +1,91 @@
+# The library's sources by layer (docs/design.md, section 3), each named here and nowhere else: the library, the CUDA build
+# and the tests that compile some layers by themselves take them from here. Include it below the project() of torchmargin.
+
+# The gates: arguments checked once, in one struct.
+set(TORCHMARGIN_GATE_SOURCES
+  csrc/ops/checks.cpp
+  csrc/ops/problem.cpp
+  csrc/ops/cosine_problem.cpp)
+
+set(TORCHMARGIN_OPS_SOURCES
+  csrc/ops/schema.cpp
+  csrc/ops/cross_entropy.cpp
+  csrc/ops/row_loss.cpp
+  csrc/ops/linear.cpp
+  csrc/ops/cosine.cpp
+  csrc/ops/formula.cpp
+  csrc/ops/autograd_node.cpp
+  csrc/ops/double_backward.cpp
+  csrc/ops/linear_autograd.cpp
+  csrc/ops/cosine_autograd.cpp
+  csrc/ops/autocast.cpp
+  csrc/ops/linear_meta.cpp
+  csrc/ops/cosine_meta.cpp
+  csrc/ops/recall_state.cpp)
+
+# The passes over the classes, for any device.
+set(TORCHMARGIN_SWEEP_SOURCES
+  csrc/sweep/class_loop.cpp
+  csrc/sweep/forward_sweep.cpp
+  csrc/sweep/backward_sweep.cpp
+  csrc/sweep/logits_sweep.cpp
+  csrc/sweep/products.cpp
+  csrc/sweep/upstream.cpp
+  csrc/sweep/cosine_pass.cpp
+  csrc/sweep/settings.cpp)
+
+# The ops on the CPU.
+set(TORCHMARGIN_CPU_SOURCES
+  csrc/cpu/linear_cpu.cpp
+  csrc/cpu/cosine_cpu.cpp
+  csrc/cpu/target_values.cpp)
+
+# What the CPU supplies to the sweep: the kernels in parallel loops,
+set(TORCHMARGIN_CPU_LOOP_SOURCES
+  csrc/cpu/sweep_kernels.cpp)
+
+# the kernels on ranges (no ATen),
+set(TORCHMARGIN_CPU_KERNEL_SOURCES
+  csrc/cpu/range_kernels.cpp
+  csrc/cpu/gradient_kernels.cpp
+  csrc/cpu/cosine_kernels.cpp)
+
+# and the row kernels: what chooses one at run time, and what is compiled once per instruction set (no ATen).
+set(TORCHMARGIN_ROW_KERNEL_DISPATCH
+  csrc/cpu/row_kernels_dispatch.cpp)
+set(TORCHMARGIN_ROW_KERNEL_SOURCES
+  csrc/cpu/row_kernels.cpp)
+
+set(TORCHMARGIN_API_SOURCES
+  csrc/api/functional.cpp
+  csrc/api/loss_options.cpp
+  csrc/api/margin_loss.cpp
+  csrc/api/modules.cpp
+  csrc/api/saved_numbers.cpp
+  csrc/api/state_dict.cpp
+  csrc/api/version.cpp)
+
+# What the library shows to bindings, and the Python module.
+set(TORCHMARGIN_INTROSPECTION_SOURCES
+  csrc/bindings/introspection.cpp)
+set(TORCHMARGIN_PYTHON_SOURCES
+  csrc/bindings/module.cpp)
+
+# The ops on a GPU (C++), and their kernels (no ATen).
+set(TORCHMARGIN_CUDA_SOURCES
+  cuda/linear_cuda.cpp
+  cuda/cosine_cuda.cpp)
+set(TORCHMARGIN_DEVICE_KERNELS
+  cuda/kernels/load_rows.cu
+  cuda/kernels/accumulate_chunk.cu
+  cuda/kernels/softmax_chunk.cu
+  cuda/kernels/rows.cu
+  cuda/kernels/finish_classes.cu
+  cuda/kernels/cosine.cu)
+
+# From any folder of the project.
+foreach(layer
+    GATE_SOURCES OPS_SOURCES SWEEP_SOURCES CPU_SOURCES CPU_LOOP_SOURCES CPU_KERNEL_SOURCES ROW_KERNEL_DISPATCH
+    ROW_KERNEL_SOURCES API_SOURCES INTROSPECTION_SOURCES PYTHON_SOURCES CUDA_SOURCES DEVICE_KERNELS)
+  list(TRANSFORM TORCHMARGIN_${layer} PREPEND "${PROJECT_SOURCE_DIR}/")
+endforeach()
