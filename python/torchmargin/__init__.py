@@ -4,7 +4,9 @@ The ops are ``torch.ops.torchmargin.*``, as functions in :mod:`torchmargin.funct
 modules here; :mod:`torchmargin.reference` is their readable specification.
 """
 
-from torchmargin import compat, config, functional, losses, reference, utils
+from typing import TYPE_CHECKING, Any
+
+from torchmargin import compat, config, functional, losses, options, reference, utils
 from torchmargin._extension import _C
 from torchmargin.config import get_workspace_limit, plan, set_workspace_limit, workspace_limit
 from torchmargin.losses import (
@@ -45,6 +47,7 @@ __all__ = [
     "functional",
     "get_workspace_limit",
     "losses",
+    "options",
     "plan",
     "reference",
     "set_workspace_limit",
@@ -53,12 +56,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name == "evaluation":  # imported at its first use: it needs numpy
-        import importlib
+if TYPE_CHECKING:
+    from torchmargin import evaluation as evaluation
+else:
 
-        return importlib.import_module("torchmargin.evaluation")
-    raise AttributeError(f"module 'torchmargin' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name == "evaluation":  # imported at its first use: it needs numpy
+            import importlib
+
+            return importlib.import_module("torchmargin.evaluation")
+        raise AttributeError(f"module 'torchmargin' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 import torch.compiler.config
 
+__all__ = ["BINARIES", "_C"]
+
 
 def _binaries() -> Path:
     """The folder of _C, lib, include and share: the package, or what an editable install keeps in site-packages."""
     package = Path(__file__).resolve().parent
     if not (package / "lib").exists():
         editable = importlib.util.find_spec("_torchmargin_editable")
-        if editable is not None:
+        if editable is not None and editable.submodule_search_locations:
             return Path(next(iter(editable.submodule_search_locations)))
     return package
 
@@ -64,7 +66,7 @@ def _name_in_caches(library: Path) -> None:
         config.cache_key_tag = "-".join(filter(None, [config.cache_key_tag, tag]))
 
 
-def _load():
+def _load() -> None:
     library = Path(os.environ.get("TORCHMARGIN_LIBRARY") or BINARIES / "lib" / "libtorchmargin.so")
     if not library.exists():
         raise ImportError(
@@ -81,9 +83,7 @@ def _load():
     package = sys.modules["torchmargin"].__path__
     if str(BINARIES) not in package:
         package.append(str(BINARIES))
-    from torchmargin import _C
-
-    return _C
 
 
-_C = _load()
+_load()
+import torchmargin._C as _C  # noqa: E402

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def from_pytorch_metric_learning(state_dict: Mapping[str, Tensor]) -> dict[str, 
     return {"weight": weight.detach().t().contiguous().clone()}
 
 
-def from_insightface(shards: Tensor | Mapping | Sequence[Tensor | Mapping]) -> dict[str, Tensor]:
+def from_insightface(shards: Tensor | Mapping[str, Any] | Sequence[Tensor | Mapping[str, Any]]) -> dict[str, Tensor]:
     """The class weights of InsightFace's partial FC, one shard a rank in the order of the ranks, as ours.
 
     A shard is what torch.load gives for a rank's file: the training checkpoint with
@@ -77,7 +78,7 @@ def from_insightface(shards: Tensor | Mapping | Sequence[Tensor | Mapping]) -> d
     return {"weight": torch.cat(weights)}
 
 
-def _insightface_weight(shard: Tensor | Mapping, rank: int) -> Tensor:
+def _insightface_weight(shard: Tensor | Mapping[str, Any], rank: int) -> Tensor:
     weight = shard
     if isinstance(weight, Mapping):
         weight = weight.get("state_dict_softmax_fc", weight)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from torchmargin import _extension  # noqa: F401  (registers the ops)
+from torchmargin.options import Extension, MarginGradient, Reduction
 
 __all__ = [
     "LinearMarginLse",
@@ -66,9 +67,9 @@ def linear_margin_lse(
     sample_m2: Tensor | None = None,
     sample_m3: Tensor | None = None,
     sample_margin_weight: Tensor | None = None,
-    extension: str = "none",
+    extension: Extension = "none",
     margin_weight: float = 1.0,
-    margin_gradient: str = "exact",
+    margin_gradient: MarginGradient = "exact",
     normalize_input: bool = True,
     normalize_weight: bool = True,
     compute_dtype: torch.dtype | None = None,
@@ -118,15 +119,15 @@ def linear_margin_cross_entropy(
     sample_m2: Tensor | None = None,
     sample_m3: Tensor | None = None,
     sample_margin_weight: Tensor | None = None,
-    extension: str = "none",
+    extension: Extension = "none",
     margin_weight: float = 1.0,
-    margin_gradient: str = "exact",
+    margin_gradient: MarginGradient = "exact",
     normalize_input: bool = True,
     normalize_weight: bool = True,
     compute_dtype: torch.dtype | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Cross-entropy of the logits with the target's margin, without the [B, C] logits.
 
@@ -134,7 +135,7 @@ def linear_margin_cross_entropy(
     the loss, to any gradient or to the mean's count; any other target outside [0, C) raises
     IndexError. Raises RuntimeError for other bad arguments, before any work.
     """
-    return torch.ops.torchmargin.linear_margin_cross_entropy(
+    loss: Tensor = torch.ops.torchmargin.linear_margin_cross_entropy(
         input,
         weight,
         target,
@@ -156,6 +157,7 @@ def linear_margin_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
     )
+    return loss
 
 
 def margin_logits(
@@ -171,9 +173,9 @@ def margin_logits(
     sample_m2: Tensor | None = None,
     sample_m3: Tensor | None = None,
     sample_margin_weight: Tensor | None = None,
-    extension: str = "none",
+    extension: Extension = "none",
     margin_weight: float = 1.0,
-    margin_gradient: str = "exact",
+    margin_gradient: MarginGradient = "exact",
     normalize_input: bool = True,
     normalize_weight: bool = True,
     compute_dtype: torch.dtype | None = None,
@@ -182,7 +184,7 @@ def margin_logits(
 
     Each row's target in [0, C) has the margin; a row with another target, or without any, has none.
     """
-    return torch.ops.torchmargin.margin_logits(
+    logits: Tensor = torch.ops.torchmargin.margin_logits(
         input,
         weight,
         target,
@@ -201,6 +203,7 @@ def margin_logits(
         normalize_weight=normalize_weight,
         compute_dtype=compute_dtype,
     )
+    return logits
 
 
 def margin_cross_entropy(
@@ -214,19 +217,19 @@ def margin_cross_entropy(
     sample_m2: Tensor | None = None,
     sample_m3: Tensor | None = None,
     sample_margin_weight: Tensor | None = None,
-    extension: str = "none",
+    extension: Extension = "none",
     margin_weight: float = 1.0,
-    margin_gradient: str = "exact",
+    margin_gradient: MarginGradient = "exact",
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """The loss for callers who hold the cosines [B, C] already, of unit embeddings and weights.
 
     One pass forward and one backward, out of place. A target's cosine past +-1 counts as +-1, and the
     derivative there is finite. Otherwise as :func:`linear_margin_cross_entropy`.
     """
-    return torch.ops.torchmargin.margin_cross_entropy(
+    loss: Tensor = torch.ops.torchmargin.margin_cross_entropy(
         cosine,
         target,
         scale=scale,
@@ -243,6 +246,7 @@ def margin_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
     )
+    return loss
 
 
 def margin_transform(
@@ -251,12 +255,12 @@ def margin_transform(
     m1: float = 1.0,
     m2: float = 0.0,
     m3: float = 0.0,
-    extension: str = "none",
+    extension: Extension = "none",
     margin_weight: float = 1.0,
-    margin_gradient: str = "exact",
+    margin_gradient: MarginGradient = "exact",
 ) -> Tensor:
     """psi of each cosine, of any shape and in its dtype: the margin alone, for curves and for heads of one's own."""
-    return torch.ops.torchmargin.margin_transform(
+    transformed: Tensor = torch.ops.torchmargin.margin_transform(
         cosine,
         m1=m1,
         m2=m2,
@@ -265,3 +269,4 @@ def margin_transform(
         margin_weight=margin_weight,
         margin_gradient=margin_gradient,
     )
+    return transformed

@@ -19,6 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Unpack
+
+from torchmargin.options import CosineMargin, Extension, LinearMargin, MarginGradient, MarginShape, Reduction
 
 __all__ = [
     "LinearMarginLse",
@@ -63,9 +66,9 @@ def psi(
     m1: float = 1.0,
     m2: float | Tensor = 0.0,
     m3: float | Tensor = 0.0,
-    extension: str = "none",
+    extension: Extension = "none",
     margin_weight: float | Tensor = 1.0,
-    margin_gradient: str = "exact",
+    margin_gradient: MarginGradient = "exact",
 ) -> Tensor:
     """The target's cosine with its margin, at the angle ``theta`` (radians)."""
     # NB: not cos(theta) > 0, the cosine of a right angle that was rounded is 6e-17.
@@ -79,9 +82,9 @@ def _psi(
     m1: float = 1.0,
     m2: float | Tensor = 0.0,
     m3: float | Tensor = 0.0,
-    extension: str = "none",
+    extension: Extension = "none",
     margin_weight: float | Tensor = 1.0,
-    margin_gradient: str = "exact",
+    margin_gradient: MarginGradient = "exact",
 ) -> Tensor:
     m2, m3, margin_weight = (
         torch.as_tensor(number, dtype=theta.dtype, device=theta.device) for number in (m2, m3, margin_weight)
@@ -121,9 +124,9 @@ def _logits_and_angles(
     sample_m2: Tensor | None = None,
     sample_m3: Tensor | None = None,
     sample_margin_weight: Tensor | None = None,
-    extension: str = "none",
+    extension: Extension = "none",
     margin_weight: float = 1.0,
-    margin_gradient: str = "exact",
+    margin_gradient: MarginGradient = "exact",
     normalize_input: bool = True,
     normalize_weight: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -157,7 +160,7 @@ def _logits_and_angles(
 
 
 def linear_margin_lse(
-    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, **margin
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, **margin: Unpack[LinearMargin]
 ) -> LinearMarginLse:
     """The core op. A target outside [0, C) is absent: target_logit and target_angle are 0."""
     logits, theta = _logits_and_angles(input, weight, target, bias, **margin)
@@ -177,8 +180,8 @@ def linear_margin_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    reduction: str = "mean",
-    **margin,
+    reduction: Reduction = "mean",
+    **margin: Unpack[LinearMargin],
 ) -> Tensor:
     """The loss, as torch's cross_entropy of the logits."""
     logits = margin_logits(input, weight, target, bias, **margin)
@@ -188,7 +191,11 @@ def linear_margin_cross_entropy(
 
 
 def margin_logits(
-    input: Tensor, weight: Tensor, target: Tensor | None = None, bias: Tensor | None = None, **margin
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor | None = None,
+    bias: Tensor | None = None,
+    **margin: Unpack[LinearMargin],
 ) -> Tensor:
     """The logits [B, C] with the margin at each row's target, if it is one of the C classes."""
     if target is None:
@@ -196,7 +203,7 @@ def margin_logits(
     return _logits_and_angles(input, weight, target, bias, **margin)[0]
 
 
-def margin_transform(cosine: Tensor, **margin) -> Tensor:
+def margin_transform(cosine: Tensor, **margin: Unpack[CosineMargin]) -> Tensor:
     """psi of cosines of any shape; past +-1 they count as +-1."""
     clamped = cosine.clamp(-1, 1)
     theta = 2 * torch.atan2((1 - clamped).sqrt(), (1 + clamped).sqrt())
@@ -216,8 +223,8 @@ def margin_cross_entropy(
     margin_weight: float = 1.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    reduction: str = "mean",
-    **margin,
+    reduction: Reduction = "mean",
+    **margin: Unpack[MarginShape],
 ) -> Tensor:
     """The loss from cosines [B, C]: the target's becomes psi, all are scaled, then cross_entropy."""
     if torch.is_autocast_enabled(cosine.device.type) and cosine.dtype != torch.float64:

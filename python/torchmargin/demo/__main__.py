@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torchmargin.demo.figures import Embedding, draw_asoftmax, draw_planes, draw
 from torchmargin.demo.report import Picture, write_report
 from torchmargin.demo.settings import DEFAULT_LOSSES, LOSSES, TITLES, annealed_sphereface
 from torchmargin.demo.train import Trainer, accuracy, embed
+from torchmargin.losses import MarginLoss
 
 MOST_DRAWN_CLASSES = 10
 
@@ -31,7 +33,7 @@ def draw_pictures(images: Images, losses: list[str], trainer: Trainer, epochs: i
     drawn = images.of_classes(list(range(min(len(images.names), MOST_DRAWN_CLASSES))))
     training, held_out = drawn.split(0.8, trainer.seed)
 
-    def learn(title: str, features: int, make) -> Embedding:
+    def learn(title: str, features: int, make: Callable[[int, int, int], MarginLoss]) -> Embedding:
         network, loss = trainer.train(make, features, training, epochs, f"{features}-D features: {title}")
         points = embed(network, held_out)
         return Embedding(

@@ -11,16 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from torchmargin.demo.figures import plt, save
 from torchmargin.functional import linear_margin_lse
+from torchmargin.options import Extension, LinearMargin
 
 __all__ = ["draw_boundaries", "draw_margins", "target_curve"]
 
 HALF_PI = math.pi / 2
 
 
-def target_curve(theta: Tensor, **margin) -> Tensor:
+def target_curve(theta: Tensor, **margin: Unpack[LinearMargin]) -> Tensor:
     """The target's logit of `linear_margin_lse` for unit vectors at angles `theta` [N] in [0, pi] to one class."""
     x = torch.stack([theta.cos(), theta.sin()], dim=1).double()
     weight = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
@@ -29,7 +31,7 @@ def target_curve(theta: Tensor, **margin) -> Tensor:
 
 
 # Figure (e): the margins of the losses, and the five extensions of one margin.
-MARGINS = {
+MARGINS: dict[str, LinearMargin] = {
     "softmax: cos θ": {},
     "SphereFace m = 2": {"m1": 2.0, "extension": "monotonic"},
     "SphereFace m = 4": {"m1": 4.0, "extension": "monotonic"},
@@ -37,7 +39,7 @@ MARGINS = {
     "ArcFace m = 0.5": {"m2": 0.5, "extension": "linear"},
     "combined 1, 0.3, 0.2": {"m1": 1.0, "m2": 0.3, "m3": 0.2},
 }
-EXTENSIONS = {
+EXTENSIONS: dict[Extension, str] = {
     "none": "cos(θ + m): rises again past π − m",
     "linear": "then cos θ − m sin m, with a jump",
     "easy": "no margin past π/2, with a jump",
@@ -77,7 +79,7 @@ def draw_margins(path: Path) -> Path:
 
 
 # Figure (d): the losses between two classes. Lengths |w1|, |w2| matter to softmax alone.
-DECISIONS = {
+DECISIONS: dict[str, tuple[LinearMargin, str, tuple[float, float]]] = {
     "softmax": ({}, "|w1| = 1, |w2| = 1.4", (1.0, 1.4)),
     "normalised softmax": ({}, "no margin", (1.0, 1.0)),
     "SphereFace": ({"m1": 2.0, "extension": "monotonic"}, "m = 2", (1.0, 1.0)),

@@ -83,7 +83,7 @@ class FolderImages(Images):
         return FolderImages(paths, self.labels[indices], self.names, self.size, self.workers)
 
 
-class _Items(torch.utils.data.Dataset):
+class _Items(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, images: FolderImages) -> None:
         self.images = images
 

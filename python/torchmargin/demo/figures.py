@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
-__all__ = ["Embedding", "draw_asoftmax", "draw_planes", "draw_spheres", "save"]
+__all__ = ["Embedding", "draw_asoftmax", "draw_planes", "draw_spheres", "plt", "save"]
 
-COLOURS = plt.get_cmap("tab10").colors
+COLOURS = matplotlib.color_sequences["tab10"]
 
 
 class Embedding(NamedTuple):
@@ -30,15 +32,15 @@ class Embedding(NamedTuple):
     weights: Tensor  # [C, 2 or 3]
 
 
-def save(figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, facecolor="white")
     plt.close(figure)
     return path
 
 
-def _grid(count: int, size: float, **axes):
-    """A figure with `count` panels in rows of four."""
+def _grid(count: int, size: float, **axes: Any) -> tuple[Figure, list[Any]]:
+    """A figure with `count` panels in rows of four; the panels may be Axes3D, which have no types."""
     columns = min(count, 4)
     rows = -(-count // columns)
     figure, panels = plt.subplots(
@@ -46,10 +48,10 @@ def _grid(count: int, size: float, **axes):
     )
     for panel in panels.flat[count:]:
         panel.set_axis_off()
-    return figure, panels.flat
+    return figure, list(panels.flat)
 
 
-def _heading(axes, embedding: Embedding, **place) -> None:
+def _heading(axes: Axes, embedding: Embedding, **place: Any) -> None:
     axes.set_title(
         f"{embedding.title}\n{textwrap.fill(embedding.parameters, 46)}\naccuracy {embedding.accuracy:.3f}",
         fontsize=10,
@@ -57,7 +59,7 @@ def _heading(axes, embedding: Embedding, **place) -> None:
     )
 
 
-def _plane(axes, embedding: Embedding, names: list[str]) -> None:
+def _plane(axes: Axes, embedding: Embedding, names: list[str]) -> None:
     reach = torch.quantile(embedding.points.norm(dim=1), 0.99).item()
     for index, weight in enumerate(torch.nn.functional.normalize(embedding.weights, dim=1).tolist()):
         points = embedding.points[embedding.labels == index]
@@ -107,7 +109,7 @@ def draw_spheres(embeddings: list[Embedding], names: list[str], path: Path) -> P
         axes.set_axis_off()
         axes.view_init(elev=20, azim=35)
         _heading(axes, embedding, y=1.07)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 0.97), h_pad=0.15)
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.97), h_pad=0.15)
     return save(figure, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypedDict
 
 from torchmargin import (
     ArcFaceLoss,
@@ -28,7 +29,13 @@ COMBINED_MARGIN = {2: (0.05, 0.05), 3: (0.1, 0.08)}
 LAMBDA_BASE, LAMBDA_MIN = 1000.0, 2.0
 
 
-def _annealing(steps: int) -> dict[str, float]:
+class _Annealing(TypedDict):
+    lambda_base: float
+    lambda_gamma: float
+    lambda_min: float
+
+
+def _annealing(steps: int) -> _Annealing:
     return {
         "lambda_base": LAMBDA_BASE,
         "lambda_gamma": round((LAMBDA_BASE / LAMBDA_MIN - 1) / max(steps // 2, 1), 3),

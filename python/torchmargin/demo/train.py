@@ -32,6 +32,7 @@ class SmallNetwork(nn.Sequential):
 
 def make_network(name: str, channels: int, features: int) -> nn.Module:
     """ "small", or any of torchvision's classification models with `features` outputs, untrained."""
+    network: nn.Module
     if name == "small":
         network = SmallNetwork(channels, features)
     else:
@@ -40,7 +41,8 @@ def make_network(name: str, channels: int, features: int) -> nn.Module:
         if name not in models.list_models(module=models):
             raise SystemExit(f"there is no network {name!r}: 'small' or a classification model of torchvision")
         network = models.get_model(name, weights=None, num_classes=features)
-    return network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads leave it out
+    return network
 
 
 class Trainer(NamedTuple):

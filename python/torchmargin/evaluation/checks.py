@@ -55,7 +55,8 @@ def unit(name: str, embeddings: Tensor) -> Tensor:
         raise ValueError(
             f"expected {name} to be finite, but {int(bad.sum())} of {len(bad)} rows {why}; the first is row {row}"
         )
-    return wide / length.clamp_min(1e-12)
+    directions: Tensor = wide / length.clamp_min(1e-12)
+    return directions
 
 
 def check_labels(name: str, labels: Tensor, rows: int | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,7 +101,7 @@ def read_pairs(path: str | Path, *, label_first: bool = False) -> list[Pair]:
     return pairs
 
 
-def _lines(path: str | Path):
+def _lines(path: str | Path) -> Iterator[tuple[int, str, list[str]]]:
     """(line number, line, fields) of every line that is not empty. Names may have blanks in a line with tabs."""
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         line = line.strip()

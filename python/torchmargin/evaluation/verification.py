@@ -43,32 +43,33 @@ def _numbers(name: str, values: Tensor | np.ndarray) -> np.ndarray:
         raise ValueError(
             f"expected {name} to be a vector of numbers, but got {values.dtype} of shape {list(values.shape)}"
         )
-    return values.double().numpy() if isinstance(values, Tensor) else values.astype(np.float64)
+    numbers: np.ndarray = values.double().numpy() if isinstance(values, Tensor) else values.astype(np.float64)
+    return numbers
 
 
 def _check(scores: Tensor | np.ndarray, same: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both as vectors [P]: float64 scores, bool same."""
-    scores, same = _numbers("scores", scores), _numbers("same", same)
-    if len(scores) != len(same):
-        raise ValueError(f"expected scores and same to have one length, but got {len(scores)} and {len(same)}")
+    scores, labels = _numbers("scores", scores), _numbers("same", same)
+    if len(scores) != len(labels):
+        raise ValueError(f"expected scores and same to have one length, but got {len(scores)} and {len(labels)}")
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         raise ValueError(
             f"expected scores to be finite, but {len(bad)} of {len(scores)} are NaN or infinite; the first is "
             f"scores[{bad[0]}] = {scores[bad[0]]}"
         )
-    bad = np.flatnonzero(~np.isin(same, (-1, 0, 1)))
+    bad = np.flatnonzero(~np.isin(labels, (-1, 0, 1)))
     if len(bad):
         raise ValueError(
-            f"expected same to hold booleans, 0 and 1, or -1 and 1, but {len(bad)} of {len(same)} are something "
-            f"else; the first is same[{bad[0]}] = {same[bad[0]]:g}"
+            f"expected same to hold booleans, 0 and 1, or -1 and 1, but {len(bad)} of {len(labels)} are something "
+            f"else; the first is same[{bad[0]}] = {labels[bad[0]]:g}"
         )
-    if {-1, 0} <= set(same):
+    if {-1, 0} <= set(labels):
         raise ValueError("expected same to hold either 0 or -1 for pairs of two classes, but got both")
-    same = same == 1
-    if same.all() or not same.any():
-        raise ValueError(f"expected pairs of one class and of two, but all {len(same)} pairs are alike")
-    return scores, same
+    agree: np.ndarray = labels == 1
+    if agree.all() or not agree.any():
+        raise ValueError(f"expected pairs of one class and of two, but all {len(agree)} pairs are alike")
+    return scores, agree
 
 
 def roc(scores: Tensor | np.ndarray, same: Tensor | np.ndarray) -> Roc:

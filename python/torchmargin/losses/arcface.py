@@ -7,6 +7,7 @@ from typing_extensions import Unpack
 
 from torchmargin.losses.base import CommonOptions, MarginLoss
 from torchmargin.losses.numbers import Alias, Number, check_radians
+from torchmargin.options import Extension, MarginGradient
 
 __all__ = ["ArcFaceLoss"]
 
@@ -32,8 +33,8 @@ class ArcFaceLoss(MarginLoss):
         *,
         scale: float = 64.0,
         margin: float | Tensor = 0.5,
-        extension: str = "linear",
-        margin_gradient: str = "exact",
+        extension: Extension = "linear",
+        margin_gradient: MarginGradient = "exact",
         **common: Unpack[CommonOptions],
     ) -> None:
         super().__init__(

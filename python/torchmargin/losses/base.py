@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import Self, TypedDict, Unpack
 
 from torchmargin import _extension  # noqa: F401  (registers the ops)
 from torchmargin.losses.numbers import Alias, Number, check_finite, check_radians
 from torchmargin.losses.recompute import empty_log, key_of, log_shape
+from torchmargin.options import Extension, MarginGradient, Reduction
 
 __all__ = ["CommonOptions", "MarginLoss", "MarginStatistics"]
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _stays_in_python(method: Method) -> Method:
+    """torch.jit.ignore, which has no types: TorchScript calls the method and does not read it."""
+    return cast(Method, torch.jit.ignore(method))
 
 
 class CommonOptions(TypedDict, total=False):
@@ -22,7 +31,7 @@ class CommonOptions(TypedDict, total=False):
 
     label_smoothing: float  # in [0, 1], default 0
     ignore_index: int  # rows with this label count for nothing, default -100
-    reduction: str  # "mean" (default), "sum" or "none"
+    reduction: Reduction  # "mean" (default), "sum" or "none"
     device: torch.device | str | None  # of the weights
     dtype: torch.dtype | None  # of the weights
 
@@ -33,6 +42,21 @@ class MarginStatistics(NamedTuple):
     target_angle: Tensor  # radians, between an embedding and its class
     accuracy: Tensor  # share of rows whose class has the largest logit, all without a margin
     hardest_negative_logit: Tensor  # the largest logit of another class
+
+
+class _Call(Protocol):
+    """How a loss is called; nn.Module says nothing of it."""
+
+    @overload
+    def __call__(self, embeddings: Tensor, labels: Tensor, return_statistics: Literal[False] = False) -> Tensor: ...
+    @overload
+    def __call__(
+        self, embeddings: Tensor, labels: Tensor, return_statistics: Literal[True]
+    ) -> tuple[Tensor, MarginStatistics]: ...
+    @overload
+    def __call__(
+        self, embeddings: Tensor, labels: Tensor, return_statistics: bool
+    ) -> Tensor | tuple[Tensor, MarginStatistics]: ...
 
 
 class MarginLoss(nn.Module):
@@ -73,6 +97,8 @@ class MarginLoss(nn.Module):
         _options: ClassVar[dict[str, type | tuple[str, ...]]]
         _roles: ClassVar[dict[str, str]]
 
+        __call__: _Call
+
     scale = Number()
     m1 = Number()
     m2 = Number(check_radians)
@@ -105,8 +131,8 @@ class MarginLoss(nn.Module):
         m1: float = 1.0,
         m2: float | Tensor = 0.0,
         m3: float | Tensor = 0.0,
-        extension: str = "none",
-        margin_gradient: str = "exact",
+        extension: Extension = "none",
+        margin_gradient: MarginGradient = "exact",
         normalize_input: bool = True,
         normalize_weight: bool = True,
         bias: bool = False,
@@ -117,7 +143,7 @@ class MarginLoss(nn.Module):
             raise ValueError(
                 f"expected in_features and num_classes to be positive, but got {in_features} and {num_classes}"
             )
-        factory = {"device": common.pop("device", None), "dtype": common.pop("dtype", None)}
+        device, dtype = common.pop("device", None), common.pop("dtype", None)
         self.in_features = in_features
         self.num_classes = num_classes
         self._numbers: dict[str, float | Tensor] = {}
@@ -138,8 +164,10 @@ class MarginLoss(nn.Module):
             self.reduction = common.pop("reduction", "mean")
         if common:
             raise TypeError(f"{type(self).__name__}: unexpected keyword argument {next(iter(common))!r}")
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features, **factory))
-        self.register_parameter("bias", nn.Parameter(torch.empty(num_classes, **factory)) if bias else None)
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
+        )
         self._write_numbers(self._numbers.keys())
         self.reset_parameters()
 
@@ -181,14 +209,15 @@ class MarginLoss(nn.Module):
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
-    @torch.jit.ignore
+    @_stays_in_python
     def forward(
         self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, MarginStatistics]:
         ops = torch.ops.torchmargin
         op = ops._linear_margin_cross_entropy_statistics if return_statistics else ops.linear_margin_cross_entropy
         if not self._fits(embeddings, labels):  # the op says what is wrong
-            return op(embeddings, self.weight, labels, self.bias, **self._margin(), **self._reduction())
+            refused: Tensor = op(embeddings, self.weight, labels, self.bias, **self._margin(), **self._reduction())
+            return refused
         compute_dtype = self._compute_dtype(embeddings)
         embeddings = self._widened(embeddings)
         before, fresh = self._advance_once(embeddings, labels)
@@ -213,10 +242,10 @@ class MarginLoss(nn.Module):
             loss = loss + self._reduced(penalty, labels)
         return (loss, MarginStatistics(*statistics)) if return_statistics else loss
 
-    @torch.jit.ignore
+    @_stays_in_python
     def logits(self, embeddings: Tensor) -> Tensor:
         """The logits [B, C] without a margin, for inference: their argmax is the predicted class."""
-        return torch.ops.torchmargin.margin_logits(
+        logits: Tensor = torch.ops.torchmargin.margin_logits(
             self._widened(embeddings),
             self.weight,
             None,
@@ -226,6 +255,7 @@ class MarginLoss(nn.Module):
             normalize_weight=self.normalize_weight,
             compute_dtype=self._compute_dtype(embeddings),
         )
+        return logits
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}, num_classes={self.num_classes}", self.describe_margin()]
@@ -359,7 +389,9 @@ class MarginLoss(nn.Module):
         used = {name: self.number(name) for name in before}
         if not torch.compiler.is_compiling():
             self._buffers.update(before)
-        for name, old in before.items() if fresh is not None else ():
+        if fresh is None:
+            return
+        for name, old in before.items():
             self.number(name).copy_(torch.where(fresh, used[name], old))
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
@@ -428,10 +460,11 @@ class MarginLoss(nn.Module):
             nothing, nothing.new_empty(1, 1), labels, **self._margin(), **self._reduction()
         )
 
-    def _set_number(self, number: Number, value: float | Tensor) -> None:
+    def _set_number(self, number: Number[Any], value: float | Tensor) -> None:
         with self._checked_together():
             self._numbers[number.name] = number.checked(self, value)
-            self._changed[number.name] = None  # type: ignore[index]
+            assert self._changed is not None  # inside _checked_together
+            self._changed[number.name] = None
 
     def _set_option(self, name: str, value: Any) -> None:
         allowed = self._options[name]
@@ -460,10 +493,10 @@ class MarginLoss(nn.Module):
             else:
                 self._buffers[name] = value.clone().to(device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MarginLoss:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """No cast narrows a buffer: numbers stay float64, statistics keep the digits that small steps need."""
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         for name, old in before.items():
             new = self._buffers[name]
             if old is None or new is None:

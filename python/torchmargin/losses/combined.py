@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing_extensions import Unpack
 
 from torchmargin.losses.base import CommonOptions, MarginLoss
+from torchmargin.options import Extension, MarginGradient
 
 __all__ = ["CombinedMarginLoss"]
 
@@ -25,8 +26,8 @@ class CombinedMarginLoss(MarginLoss):
         m1: float = 1.0,
         m2: float = 0.3,
         m3: float = 0.2,
-        extension: str = "none",
-        margin_gradient: str = "exact",
+        extension: Extension = "none",
+        margin_gradient: MarginGradient = "exact",
         **common: Unpack[CommonOptions],
     ) -> None:
         super().__init__(

@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 
 from torchmargin.losses.base import CommonOptions, MarginLoss
 from torchmargin.losses.numbers import Alias, Number
+from torchmargin.options import Extension, MarginGradient
 
 __all__ = ["CosFaceLoss"]
 
@@ -41,8 +42,8 @@ class CosFaceLoss(MarginLoss):
         *,
         scale: float = 64.0,
         margin: float | Tensor = 0.35,
-        extension: str = "none",
-        margin_gradient: str = "exact",
+        extension: Extension = "none",
+        margin_gradient: MarginGradient = "exact",
         **common: Unpack[CommonOptions],
     ) -> None:
         super().__init__(

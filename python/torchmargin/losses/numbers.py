@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeGuard, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 Check = Callable[[str, float], Any]
+Value = TypeVar("Value", bound="float | Tensor")
 
 
 def check_finite(name: str, value: float) -> float:
@@ -55,11 +56,11 @@ def check_radians(name: str, angle: float) -> float:
     return angle
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-class Number:
+class Number(Generic[Value]):
     """A number among a loss's attributes. ``check(name, value)`` raises ValueError for a bad one.
 
     ``of_classes``: it may also be a tensor [C], a number for each class.
@@ -67,6 +68,10 @@ class Number:
 
     name: str
 
+    @overload
+    def __init__(self: Number[float], check: Check = ..., *, of_classes: Literal[False] = False) -> None: ...
+    @overload
+    def __init__(self: Number[float | Tensor], check: Check = ..., *, of_classes: Literal[True]) -> None: ...
     def __init__(self, check: Check = check_finite, *, of_classes: bool = False) -> None:
         self.check = check
         self.of_classes = of_classes
@@ -75,12 +80,13 @@ class Number:
         self.name = name
 
     @overload
-    def __get__(self, loss: None, owner: type) -> Number: ...
+    def __get__(self, loss: None, owner: type) -> Number[Value]: ...
     @overload
-    def __get__(self, loss: MarginLoss, owner: type) -> Any: ...
-    def __get__(self, loss: MarginLoss | None, owner: type) -> Any:
-        if loss is None:
-            return self
+    def __get__(self, loss: MarginLoss, owner: type) -> Value: ...
+    def __get__(self, loss: MarginLoss | None, owner: type) -> Number[Value] | Value:
+        return self if loss is None else cast(Value, self._value(loss))
+
+    def _value(self, loss: MarginLoss) -> float | Tensor:
         if self.name not in loss._numbers:
             raise AttributeError(f"{type(loss).__name__} has no number {self.name!r} yet")
         buffer = loss._buffers.get(self.name)
@@ -97,7 +103,7 @@ class Number:
         """The value as a float, or as a float64 tensor [C] of its own."""
         owner = type(loss).__name__
         if is_number(value):
-            number = float(value)  # type: ignore[arg-type]
+            number = float(value)
             self.check(self.name, number)
             return number
         wanted = "a number" + (f" or a tensor of shape [{loss.num_classes}]" if self.of_classes else "")
@@ -120,15 +126,15 @@ class Number:
         return values
 
 
-class Alias(Number):
+class Alias(Number[Any]):
     """Another name of a number."""
 
     def __init__(self, of: str) -> None:
         super().__init__()
         self.of = of
 
-    def __get__(self, loss: MarginLoss | None, owner: type) -> Any:
-        return self if loss is None else getattr(loss, self.of)
+    def _value(self, loss: MarginLoss) -> Any:
+        return getattr(loss, self.of)
 
     def __set__(self, loss: MarginLoss, value: float | Tensor) -> None:
         setattr(loss, self.of, value)

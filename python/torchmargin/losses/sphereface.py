@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from torchmargin.losses.base import CommonOptions, MarginLoss
 from torchmargin.losses.numbers import Alias, Number, check_not_negative
+from torchmargin.options import Extension, MarginGradient
 
 __all__ = ["AnnealedMarginLoss", "LargeMarginSoftmaxLoss", "SphereFaceLoss"]
 
@@ -43,8 +44,8 @@ class AnnealedMarginLoss(MarginLoss):
         lambda_base: float,
         lambda_gamma: float,
         lambda_min: float,
-        extension: str,
-        margin_gradient: str,
+        extension: Extension,
+        margin_gradient: MarginGradient,
         normalize_input: bool,
         normalize_weight: bool,
         **common: Unpack[CommonOptions],
@@ -109,8 +110,8 @@ class SphereFaceLoss(AnnealedMarginLoss):
         lambda_base: float = 1000.0,
         lambda_gamma: float = 0.12,
         lambda_min: float = 5.0,
-        extension: str = "monotonic",
-        margin_gradient: str = "exact",
+        extension: Extension = "monotonic",
+        margin_gradient: MarginGradient = "exact",
         normalize_input: bool = False,
         **common: Unpack[CommonOptions],
     ) -> None:
@@ -137,7 +138,7 @@ class SphereFaceLoss(AnnealedMarginLoss):
         *,
         scale: float = 30.0,
         margin: float = 1.5,
-        margin_gradient: str = "straight_through",
+        margin_gradient: MarginGradient = "straight_through",
         **common: Unpack[CommonOptions],
     ) -> SphereFaceLoss:
         """SphereFace-R: Liu et al., "SphereFace Revived", TPAMI 2022 (arXiv:2109.05565).
@@ -177,8 +178,8 @@ class LargeMarginSoftmaxLoss(AnnealedMarginLoss):
         lambda_base: float = 0.0,
         lambda_gamma: float = 0.12,
         lambda_min: float = 0.0,
-        extension: str = "monotonic",
-        margin_gradient: str = "exact",
+        extension: Extension = "monotonic",
+        margin_gradient: MarginGradient = "exact",
         **common: Unpack[CommonOptions],
     ) -> None:
         super().__init__(
