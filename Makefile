@@ -83,9 +83,21 @@ demo: install ## every loss on real digits, out/index.html (QUICK=1: one minute)
 bench: install ## times against eager and torch.compile
 	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
 
-lint: setup ## formats and lint
-	$(BIN)/python -m pip install --quiet ruff
-	$(BIN)/ruff check . && clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+# In their own versions, whatever the machine has: what is well formatted differs between them.
+$(VENV)/.lint: requirements/lint.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements/lint.txt
+	@touch $@
+
+CXX_SOURCES := git ls-files -z '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -0
+lint: $(VENV)/.lint ## formats, lint and types; builds nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(CXX_SOURCES) $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/python -m mypy
+
+format: $(VENV)/.lint ## formats all sources
+	$(BIN)/ruff format .
+	$(CXX_SOURCES) $(BIN)/clang-format -i
 
 clean: ## removes what was built; the virtual environments stay
 	rm -rf build dist python/*.egg-info out
