@@ -37,8 +37,45 @@ def test_a_folder_of_images(folder, tmp_path):
     page = (tmp_path / "index.html").read_text()
     assert page.count("data:image/png;base64") == 5 and "120 images of 6 classes" in page
     assert "http" not in page  # self-contained
-    assert _demo(*options, "--out", tmp_path / "again").returncode == 0
-    assert (tmp_path / "again" / "table.txt").read_text() == table
+
+
+# What the demo trains, in short: every loss, for the table and for the pictures, on digits and on files.
+TRAIN = """
+import hashlib, pathlib, sys, torch
+from torchmargin.demo.compare import compare, text_table
+from torchmargin.demo.data import load_digits, load_folder
+from torchmargin.demo.settings import LOSSES
+from torchmargin.demo.train import Trainer
+
+digits = load_digits()
+digits = digits.take(torch.arange(0, len(digits), 40))
+files = load_folder(pathlib.Path(sys.argv[1]), 16, 0)
+
+def bits(images, loss, features, seed=0):
+    digest = hashlib.sha256()
+    for module in Trainer("small", 64, seed).train(LOSSES[loss], features, images, 1, loss):
+        for value in module.state_dict().values():
+            digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+for loss in LOSSES:
+    print(loss, *(bits(digits, loss, features) for features in (2, 3)))
+print("files", bits(files, "arcface", 2))
+print(text_table(compare(digits, list(LOSSES), Trainer("small", 64, 0), 1, 1, 0.4)))
+print("seeds", bits(digits, "arcface", 2, 0), bits(digits, "arcface", 2, 1))
+"""
+
+
+def test_two_runs_give_the_same_bits_and_tables(folder):
+    """In processes of their own; another seed gives other bits."""
+    command = [sys.executable, "-c", TRAIN, str(folder)]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    (one, error), (other, _) = (run.communicate() for run in runs)
+    assert [run.returncode for run in runs] == [0, 0], error
+    assert one == other and "SphereFace-R" in one
+    lines = {line.split()[0]: line.split()[1:] for line in one.splitlines()}
+    first, second = lines["seeds"]
+    assert lines["arcface"][0] == first != second
 
 
 @pytest.mark.parametrize(
