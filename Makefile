@@ -8,6 +8,11 @@ BUILD := build/torch-$(TORCH)
 BIN := "$(CURDIR)/$(VENV)/bin"
 TORCHES := $(patsubst requirements/torch-%.txt,%,$(wildcard requirements/torch-*.txt))
 JOBS := $(if $(MAX_JOBS),-j $(MAX_JOBS))
+TESTS ?= tests/python
+# Two tests at a time: most are single-threaded. The threads of those that are not wait asleep for each other.
+WORKERS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+CTEST := ctest --output-on-failure -j $(WORKERS)
 WITH_TOOLS := PATH=$(BIN):"$$PATH"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -46,10 +51,10 @@ test-cpp: install ## the C++ tests
 	@echo "== the C++ tests: about four minutes to compile the first time on two cores"
 	$(WITH_TOOLS) cmake -S . -B "$(BUILD)" -DTORCHMARGIN_BUILD_TESTS=ON
 	$(WITH_TOOLS) cmake --build "$(BUILD)" $(JOBS)
-	ctest --test-dir "$(BUILD)" --output-on-failure
+	$(CTEST) --test-dir "$(BUILD)"
 
-test-python: install ## the Python tests
-	$(BIN)/python -m pytest -q tests/python
+test-python: install ## the Python tests (TESTS="..." some of them)
+	$(PYTEST) $(TESTS)
 
 # The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the Python tests with that library.
 SANITIZED := build/torch-$(TORCH)-asan
@@ -58,7 +63,7 @@ CMAKE_SANITIZED = $(WITH_TOOLS) cmake -G Ninja -S . -DTORCHMARGIN_WERROR=ON -DTO
 test-asan-cpp: setup ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CMAKE_SANITIZED) -B "$(SANITIZED)" -DTORCHMARGIN_SANITIZE=address,undefined
 	$(WITH_TOOLS) cmake --build "$(SANITIZED)" $(JOBS)
-	ctest --test-dir "$(SANITIZED)" --output-on-failure
+	$(CTEST) --test-dir "$(SANITIZED)"
 
 test-asan: test-asan-cpp install ## the same, and the Python tests with that library
 	ASAN_OPTIONS=detect_leaks=0 TORCHMARGIN_LIBRARY="$(CURDIR)/$(SANITIZED)/libtorchmargin.so" \

@@ -1,5 +1,6 @@
 """The package as a C++ program meets it: find_package, one target, the modules, the same bits as Python."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ TORCH = Path(torch.__file__).parent
 THREADS = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
 
 pytestmark = [
+    pytest.mark.xdist_group("cpp-package"),  # the programs are built once
     pytest.mark.skipif(not shutil.which("cmake"), reason="there is no cmake"),
     pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="programs would want sanitizers too"),
 ]
@@ -103,33 +105,63 @@ LOSSES = {
     "ElasticFaceLoss": ["scale", "margin", "deviation"],
 }
 
-# Python's half of tests/consumer/main.cpp, in a process of its own with the same threads.
+# Python's half of tests/consumer/main.cpp, in a process of its own with the same threads; an exchange a line.
 TRAIN = """
-import sys, torch, torchmargin
-name, inputs, state, results, changed = sys.argv[1:]
-inputs = torch.load(inputs)
-x = inputs["embeddings"].clone().requires_grad_()
-loss = getattr(torchmargin, name)(8, 30).to(x.dtype)
-loss.load_state_dict(torch.load(state))
-optimiser = torch.optim.SGD(loss.parameters(), lr=0.1)
-found = {}
-for step in range(2):
-    value, statistics = loss(x, inputs["labels"], return_statistics=True)
-    optimiser.zero_grad()
-    value.backward()
-    optimiser.step()
-    found |= {f"loss{step}": value.detach(), f"accuracy{step}": statistics.accuracy}
-found |= {"grad_embeddings": x.grad, "logits": loss.logits(x).detach()}
-state = {key: value.clone() for key, value in loss.state_dict().items()}
-loss.load_state_dict(torch.load(changed))
-loss.eval()
-with torch.no_grad():
-    again = {"loss": loss(x, inputs["labels"]), "logits": loss.logits(x)}
-torch.save({"results": found, "state": state, "changed": again}, results)
+import json, sys, torch, torchmargin
+
+def train(name, inputs, state, results, changed):
+    inputs = torch.load(inputs)
+    x = inputs["embeddings"].clone().requires_grad_()
+    loss = getattr(torchmargin, name)(8, 30).to(x.dtype)
+    loss.load_state_dict(torch.load(state))
+    optimiser = torch.optim.SGD(loss.parameters(), lr=0.1)
+    found = {}
+    for step in range(2):
+        value, statistics = loss(x, inputs["labels"], return_statistics=True)
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+        found |= {f"loss{step}": value.detach(), f"accuracy{step}": statistics.accuracy}
+    found |= {"grad_embeddings": x.grad, "logits": loss.logits(x).detach()}
+    state = {key: value.clone() for key, value in loss.state_dict().items()}
+    loss.load_state_dict(torch.load(changed))
+    loss.eval()
+    with torch.no_grad():
+        again = {"loss": loss(x, inputs["labels"]), "logits": loss.logits(x)}
+    torch.save({"results": found, "state": state, "changed": again}, results)
+
+for line in sys.stdin:
+    train(*json.loads(line))
+    print("trained", flush=True)
 """
 
 
-def _exchange(consumer, tmp_path, name, loss, dtype):
+@pytest.fixture(scope="module")
+def train_in_python(tmp_path_factory):
+    """train(name, inputs, state, results, changed): as TRAIN does it, in one process for all tests."""
+    errors = tmp_path_factory.mktemp("train") / "errors"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", TRAIN],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, **THREADS},
+        )
+
+    def train(name, *paths):
+        assert process.poll() is None, errors.read_text()
+        process.stdin.write(json.dumps([name, *map(str, paths)]) + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "trained\n", errors.read_text()
+
+    with process:
+        yield train
+        process.stdin.close()
+
+
+def _exchange(consumer, train_in_python, tmp_path, name, loss, dtype):
     """The loss's state goes to C++, both train two steps, C++'s state comes back: every bit is the same. Then C++
     changes every number, and its state gives Python the same loss again."""
     inputs = {"embeddings": 3 * torch.randn(40, 8, dtype=dtype), "labels": torch.randint(0, 30, (40,))}
@@ -143,8 +175,7 @@ def _exchange(consumer, tmp_path, name, loss, dtype):
     # A wrong shape is a c10::Error with the op's text.
     assert "linear_margin_cross_entropy: expected weight to have shape [C, 7], but got [30, 8]" in text
     paths += [tmp_path / "python.pt", tmp_path / "cpp.pt.changed_state"]
-    status, text = _run(sys.executable, "-c", TRAIN, name, *paths, **THREADS)
-    assert status == 0, text
+    train_in_python(name, *paths)
     python = torch.load(tmp_path / "python.pt")
     for part, file in (("results", "cpp.pt"), ("changed", "cpp.pt.changed")):
         got = torch.load(tmp_path / file, weights_only=False)  # torch::pickle_save wrote it
@@ -161,18 +192,18 @@ def _exchange(consumer, tmp_path, name, loss, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", LOSSES)
-def test_modules_give_pythons_bits_and_exchange_weights_and_numbers(consumer, tmp_path, name, dtype):
+def test_modules_give_pythons_bits_and_exchange_weights_and_numbers(consumer, train_in_python, tmp_path, name, dtype):
     options = {"deviation": 0.0} if name == "ElasticFaceLoss" else {}
     loss = getattr(torchmargin, name)(8, 30, **options).to(dtype)
     for number in LOSSES[name]:
         setattr(loss, number, 0.9 * float(getattr(loss, number)))
-    _exchange(consumer, tmp_path, name, loss, dtype)
+    _exchange(consumer, train_in_python, tmp_path, name, loss, dtype)
 
 
 @pytest.mark.parametrize("name", ["ArcFaceLoss", "CosFaceLoss"])
-def test_margins_of_classes_are_exchanged(consumer, tmp_path, name):
+def test_margins_of_classes_are_exchanged(consumer, train_in_python, tmp_path, name):
     loss = getattr(torchmargin, name)(8, 30, margin=0.5 * torch.rand(30))
-    _exchange(consumer, tmp_path, name, loss, torch.float32)
+    _exchange(consumer, train_in_python, tmp_path, name, loss, torch.float32)
 
 
 def test_a_state_dict_without_numbers_keeps_the_programs(consumer, tmp_path):
