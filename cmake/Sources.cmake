@@ -21,7 +21,8 @@ set(TORCHMARGIN_OPS_SOURCES
   csrc/ops/autocast.cpp
   csrc/ops/linear_meta.cpp
   csrc/ops/cosine_meta.cpp
-  csrc/ops/recall_state.cpp)
+  csrc/ops/recall_state.cpp
+  csrc/ops/adaptive_margins.cpp)
 
 # The passes over the classes, for any device.
 set(TORCHMARGIN_SWEEP_SOURCES

@@ -1,4 +1,5 @@
-// The schemas of all ops, public and private. Kernels are registered where they stand.
+// The schemas of all ops, public and private; those of adaptive_margins.cpp stand there. Kernels are registered where
+// they stand.
 #include <torch/library.h>
 
 #include "ops/cosine_problem.h"

@@ -18,19 +18,14 @@ __all__ = ["AdaFaceLoss", "ElasticFaceLoss", "MagFaceLoss"]
 class _ByLength(MarginLoss):
     """A loss whose margin is read from the length of an embedding, before it is normalised."""
 
-    def _lengths(self, embeddings: Tensor, labels: Tensor, otherwise: float) -> tuple[Tensor, Tensor]:
-        """Which rows count [B], and the embeddings' lengths [B] in the dtype of margins, NaN where they do not.
-
-        A row that is ignored or not finite may hold anything: it is replaced before the arithmetic, so that no NaN
-        of it reaches a gradient. Ignored rows have the length of a row full of `otherwise`.
-        """
-        finite = embeddings.isfinite().all(1)
-        ignored = labels == self.ignore_index
-        counted = finite & ~ignored
-        rows = torch.where(counted[:, None], embeddings, otherwise)
-        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=self.acc_dtype)
+    def _lengths(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The embeddings' lengths [B] in the dtype of margins, and which rows count [B]: those that are finite and not
+        ignored. The length of a row that is not finite is NaN, that of an ignored one some finite number."""
+        lengths, counted = torch.ops.torchmargin._embedding_lengths(
+            embeddings, labels, self.ignore_index, self.acc_dtype
+        )
         self._warn_of_unit_rows(lengths, counted)
-        return counted & lengths.isfinite(), torch.where(finite | ignored, lengths, torch.nan)
+        return lengths, counted
 
     @torch.no_grad()
     def _warn_of_unit_rows(self, lengths: Tensor, counted: Tensor) -> None:
@@ -94,23 +89,19 @@ class AdaFaceLoss(_ByLength):
 
     def advance(self, embeddings: Tensor, labels: Tensor) -> None:
         """Mean and unbiased deviation of the rows that count; a batch with fewer than two changes nothing."""
-        valid, lengths = self._lengths(embeddings, labels, otherwise=1.0)
-        lengths = lengths.clamp(0.001, 100.0)
-        count = valid.sum()
-        mean = torch.where(valid, lengths, 0.0).sum() / count.clamp(min=1)
-        square = torch.where(valid, (lengths - mean).square(), 0.0).sum() / (count - 1).clamp(min=1)
-        weight = torch.where(count > 1, self.number("momentum"), 0.0).to(self.length_mean.dtype)
-        self.length_mean.lerp_(mean.to(self.length_mean), weight)
-        self.length_std.lerp_(square.sqrt().to(self.length_std), weight)
+        mean, std = torch.ops.torchmargin._adaface_statistics(
+            *self._lengths(embeddings, labels), self.length_mean, self.length_std, self.number("momentum")
+        )
+        self.length_mean.copy_(mean)
+        self.length_std.copy_(std)
 
     @torch.no_grad()
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        _, lengths = self._lengths(embeddings, labels, otherwise=1.0)
-        lengths = lengths.clamp(0.001, 100.0)
-        quality = ((lengths - self.length_mean) / (self.length_std + 1e-3) * self.number("h")).clamp(-1, 1)
-        quality = quality.to(lengths.dtype)
-        margin = self.number("margin")
-        return {"sample_m2": -margin * quality, "sample_m3": margin * (1 + quality)}
+        lengths, _ = self._lengths(embeddings, labels)
+        m2, m3 = torch.ops.torchmargin._adaface_margins(
+            lengths, self.length_mean, self.length_std, self.number("margin"), self.number("h")
+        )
+        return {"sample_m2": m2, "sample_m3": m3}
 
     def describe_margin(self) -> str:
         return f"{super().describe_margin()}, margin={self.margin:g}, h={self.h:g}"
@@ -158,18 +149,15 @@ class MagFaceLoss(_ByLength):
         if not 0 < a_min < a_max:
             raise ValueError(f"expected 0 < a_min < a_max, but got {a_min} and {a_max}")
 
-    def _held_lengths(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        _, lengths = self._lengths(embeddings, labels, otherwise=1.0)
-        return lengths.clamp(self.number("a_min"), self.number("a_max"))
-
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        a_min, a_max, m_min, m_max = (self.number(name) for name in ("a_min", "a_max", "m_min", "m_max"))
-        slope = (m_max - m_min) / (a_max - a_min)
-        return {"sample_m2": m_min + slope * (self._held_lengths(embeddings, labels) - a_min)}
+        lengths, _ = self._lengths(embeddings, labels)
+        numbers = (self.number(name) for name in ("a_min", "a_max", "m_min", "m_max"))
+        return {"sample_m2": torch.ops.torchmargin._magface_margins(lengths, *numbers)}
 
     def row_penalty(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        lengths = self._held_lengths(embeddings, labels)
-        return self.number("regularizer") * (1 / lengths + lengths / self.number("a_max") ** 2)
+        lengths, _ = self._lengths(embeddings, labels)
+        penalty = torch.ops.torchmargin._magface_penalty(lengths, self.number("a_min"), self.number("a_max"))
+        return self.number("regularizer") * penalty
 
     def describe_margin(self) -> str:
         return f"{super().describe_margin()}, a=({self.a_min:g}, {self.a_max:g}), m=({self.m_min:g}, {self.m_max:g})"
