@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import torchmargin  # noqa: F401  (registers the ops)
+import torchmargin
 
 ops = torch.ops.torchmargin
 IGNORED = -100
@@ -233,3 +233,59 @@ def test_under_autocast_lengths_are_as_wide_as_asked():
 def test_bad_shapes_are_named(x, y):
     with pytest.raises(RuntimeError, match=r"_embedding_lengths: expected embeddings to have shape \[B, D\] and"):
         ops._embedding_lengths(torch.zeros(x), torch.zeros(y, dtype=torch.int64), IGNORED, torch.float32)
+
+
+class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+    """How often lengths are taken."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.linalg_vector_norm.default
+        return function(*args, **(kwargs or {}))
+
+
+def _counted(call):
+    with Counter() as counter, torch.no_grad():
+        call()
+    return counter.count
+
+
+class Again(torchmargin.AdaFaceLoss):
+    """Hooks that run a forward of another batch inside."""
+
+    other = None
+
+    def sample_margins(self, embeddings, labels):
+        if self.other is not None:
+            other, self.other = self.other, None
+            self(*other)
+            self.other = other
+        return super().sample_margins(embeddings, labels)
+
+
+def test_adaface_takes_the_lengths_of_a_training_forward_once():
+    loss, x, y = torchmargin.AdaFaceLoss(5, 9), _rows(dtype=torch.float32), torch.arange(7)
+    assert _counted(lambda: loss(x, y)) == 1
+    assert _counted(lambda: loss.eval()(x, y)) == 1
+    loss.train()
+    # The hooks by themselves share nothing: the batch may have changed between them.
+    assert _counted(lambda: (loss.advance(x, y), loss.sample_margins(x, y))) == 2
+    y[3] = 9
+    with pytest.raises(IndexError):
+        loss(x, y)
+    assert loss._batch is None
+    y[3] = 0
+    assert _counted(lambda: loss.sample_margins(x, y)) == 1
+
+
+def test_a_forward_inside_a_forward():
+    """The inner one has its own lengths, and the outer one does not take them for its own."""
+    torch.manual_seed(1)
+    loss, plain = Again(5, 9, momentum=0.5), torchmargin.AdaFaceLoss(5, 9, momentum=0.5)
+    plain.load_state_dict(loss.state_dict())
+    x, y = _rows(dtype=torch.float32), torch.arange(7)
+    expected = plain.eval()(x, y)
+    loss.eval()
+    loss.other = (3 * x, y)
+    assert torch.equal(loss(x, y), expected) and loss._batch is None

@@ -87,6 +87,33 @@ class AdaFaceLoss(_ByLength):
             self.length_mean.fill_(20.0)
             self.length_std.fill_(100.0)
 
+    # The batch of the forward that runs, and its lengths once a hook has asked for them; None between forwards.
+    _batch: tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]] | None = None
+
+    def _lengths(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As above, once for both hooks of a forward. torch.compile's graphs take equal ops once by themselves."""
+        batch = None if torch.compiler.is_compiling() else self._batch
+        if batch is None or batch[0] is not embeddings or batch[1] is not labels:
+            return super()._lengths(embeddings, labels)
+        if not batch[2]:
+            batch[2].append(super()._lengths(embeddings, labels))
+        return batch[2][0]
+
+    def _advance_once(self, embeddings: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        if torch.compiler.is_compiling():
+            return super()._advance_once(embeddings, labels)
+        self._batch = embeddings, labels, []
+        try:
+            return super()._advance_once(embeddings, labels)
+        except BaseException:
+            self._batch = None
+            raise
+
+    def _settle(self, before: dict[str, Tensor], fresh: Tensor | None) -> None:
+        if not torch.compiler.is_compiling():
+            self._batch = None
+        super()._settle(before, fresh)
+
     def advance(self, embeddings: Tensor, labels: Tensor) -> None:
         """Mean and unbiased deviation of the rows that count; a batch with fewer than two changes nothing."""
         mean, std = torch.ops.torchmargin._adaface_statistics(
