@@ -6,36 +6,24 @@
 #include <ATen/TensorOperators.h>
 #include <c10/util/Exception.h>
 
-#include <limits>
 #include <tuple>
+#include <utility>
 
 #include "api/loss_options.h"
+#include "ops/adaptive_margins.h"
 
 namespace torchmargin::nn {
 namespace {
 
-// Which rows are not ignored [B], and the embeddings' lengths [B] in the dtype of margins; NaN for a row that is not
-// finite. Such a row, and an ignored one, may hold anything: it is replaced before the arithmetic, so that no NaN
-// reaches a gradient.
-template <typename Options>
-std::tuple<torch::Tensor, torch::Tensor> lengths_of(
-    const Options& options,
-    const torch::Tensor& embeddings,
-    const torch::Tensor& labels,
-    double replacement,
-    torch::Dtype dtype) {
-  const torch::Tensor valid = labels != options.ignore_index();
-  const torch::Tensor finite = at::isfinite(embeddings).all(1);
-  const torch::Tensor rows =
-      at::where(valid.logical_and(finite).unsqueeze(1), embeddings, at::full({}, replacement, embeddings.options()));
-  const torch::Tensor lengths = at::linalg_vector_norm(rows, 2, at::IntArrayRef{1}, /*keepdim=*/false, dtype);
-  const torch::Tensor nan = at::full({}, std::numeric_limits<double>::quiet_NaN(), lengths.options());
-  return {valid, at::where(valid.logical_and(finite.logical_not()), nan, lengths)};
+// A number of the options as the ops of adaptive_margins.h take it.
+torch::Tensor number(double value, const torch::Tensor& beside) {
+  return at::scalar_tensor(value, beside.options().dtype(at::kDouble));
 }
 
 // The losses that read an image's quality from the length have nothing to read once it is 1.
-void warn_of_unit_lengths(const char* name, const torch::Tensor& counted, const torch::Tensor& lengths) {
-  const torch::Tensor away = (lengths - 1).abs().gt(1e-2).logical_and(counted);
+void warn_of_unit_lengths(const char* name, const EmbeddingLengths& batch) {
+  const torch::Tensor counted = batch.counted.logical_and(at::isfinite(batch.lengths));
+  const torch::Tensor away = (batch.lengths - 1).abs().gt(1e-2).logical_and(counted);
   if (counted.sum().ge(2).logical_and(away.any().logical_not()).item<bool>()) {
     TORCH_WARN(
         name,
@@ -152,55 +140,45 @@ void AdaFaceLossImpl::reset() {
 
 // Mean and unbiased deviation of the rows that count; a batch with fewer than two changes nothing.
 void AdaFaceLossImpl::advance(const torch::Tensor& embeddings, const torch::Tensor& labels) {
-  const auto [valid, raw] = lengths_of(options, embeddings, labels, /*replacement=*/1.0, acc_dtype());
-  const torch::Tensor counted = valid.logical_and(at::isfinite(raw));
+  const EmbeddingLengths batch = embedding_lengths(embeddings, labels, options.ignore_index(), acc_dtype());
   if (!std::exchange(seen_, true)) {
-    warn_of_unit_lengths("AdaFaceLoss", counted, raw);
+    warn_of_unit_lengths("AdaFaceLoss", batch);
   }
-  const torch::Tensor lengths = raw.clamp(0.001, 100.0);
-  const torch::Tensor zero = at::zeros({}, lengths.options());
-  const torch::Tensor count = counted.sum();
-  const torch::Tensor mean = at::where(counted, lengths, zero).sum() / count.clamp_min(1);
-  const torch::Tensor square = at::where(counted, (lengths - mean).square(), zero).sum() / (count - 1).clamp_min(1);
-  const torch::Tensor momentum = at::full({}, options.momentum(), length_mean.options());
-  const torch::Tensor weight = at::where(count > 1, momentum, at::zeros_like(momentum));
-  length_mean.lerp_(mean.to(length_mean.options()), weight);
-  length_std.lerp_(square.sqrt().to(length_std.options()), weight);
+  const auto [mean, deviation] =
+      adaface_statistics(batch, length_mean, length_std, number(options.momentum(), batch.lengths));
+  length_mean.copy_(mean);
+  length_std.copy_(deviation);
 }
 
 SampleMargins AdaFaceLossImpl::sample_margins(const torch::Tensor& embeddings, const torch::Tensor& labels) {
   const torch::NoGradGuard no_grad;
-  auto [valid, lengths] = lengths_of(options, embeddings, labels, /*replacement=*/1.0, acc_dtype());
-  lengths = lengths.clamp(0.001, 100.0);
-  const torch::Tensor quality =
-      ((lengths - length_mean) / (length_std + 1e-3) * options.h()).clamp(-1, 1).to(lengths.scalar_type());
+  const torch::Tensor lengths = embedding_lengths(embeddings, labels, options.ignore_index(), acc_dtype()).lengths;
   SampleMargins margins;
-  margins.m2 = -options.margin() * quality;
-  margins.m3 = options.margin() * (1 + quality);
+  std::tie(margins.m2, margins.m3) = adaface_margins(
+      lengths, length_mean, length_std, number(options.margin(), lengths), number(options.h(), lengths));
   return margins;
 }
 
 // Nothing moves here.
 void MagFaceLossImpl::advance(const torch::Tensor& embeddings, const torch::Tensor& labels) {
   if (!std::exchange(seen_, true)) {
-    const auto [valid, lengths] = lengths_of(options, embeddings, labels, options.a_min(), acc_dtype());
-    warn_of_unit_lengths("MagFaceLoss", valid.logical_and(at::isfinite(lengths)), lengths);
+    warn_of_unit_lengths("MagFaceLoss", embedding_lengths(embeddings, labels, options.ignore_index(), acc_dtype()));
   }
 }
 
 SampleMargins MagFaceLossImpl::sample_margins(const torch::Tensor& embeddings, const torch::Tensor& labels) {
-  const auto [valid, lengths] = lengths_of(options, embeddings, labels, options.a_min(), acc_dtype());
-  const double slope = (options.m_max() - options.m_min()) / (options.a_max() - options.a_min());
+  const torch::Tensor lengths = embedding_lengths(embeddings, labels, options.ignore_index(), acc_dtype()).lengths;
   SampleMargins margins;
-  margins.m2 = options.m_min() + slope * (lengths.clamp(options.a_min(), options.a_max()) - options.a_min());
+  margins.m2 = magface_margins(
+      lengths, number(options.a_min(), lengths), number(options.a_max(), lengths), number(options.m_min(), lengths),
+      number(options.m_max(), lengths));
   return margins;
 }
 
 torch::Tensor MagFaceLossImpl::row_penalty(const torch::Tensor& embeddings, const torch::Tensor& labels) {
-  auto [valid, lengths] = lengths_of(options, embeddings, labels, options.a_min(), acc_dtype());
-  lengths = lengths.clamp(options.a_min(), options.a_max());
-  const double a_max = options.a_max();
-  return options.regularizer() * (lengths.reciprocal() + lengths / (a_max * a_max));
+  const torch::Tensor lengths = embedding_lengths(embeddings, labels, options.ignore_index(), acc_dtype()).lengths;
+  return options.regularizer() *
+      magface_penalty(lengths, number(options.a_min(), lengths), number(options.a_max(), lengths));
 }
 
 SampleMargins ElasticFaceLossImpl::sample_margins(const torch::Tensor& /*embeddings*/, const torch::Tensor& labels) {
