@@ -190,9 +190,7 @@ MarginLossOptions margin_options(const AdaFaceLossOptions& o) {
   check_radians("margin", o.margin());
   check_finite("h", o.h());
   TORCH_CHECK(o.momentum() >= 0 && o.momentum() <= 1, "expected momentum in [0, 1], but got ", o.momentum());
-  LossForm form = presets::normalized_softmax(o.scale());
-  form.margin.extension = Extension::clip;
-  return common(o, form);
+  return common(o, published::form<published::AdaFace>(o.scale()));
 }
 
 std::vector<SavedNumber> numbers_of(AdaFaceLossOptions& o) {
@@ -206,7 +204,7 @@ MarginLossOptions margin_options(const MagFaceLossOptions& o) {
   check_radians("m_min", o.m_min());
   check_radians("m_max", o.m_max());
   check_finite("regularizer", o.regularizer());
-  return common(o, presets::arcface(o.scale(), 0.0));
+  return common(o, published::form<published::MagFace>(o.scale()));
 }
 
 std::vector<SavedNumber> numbers_of(MagFaceLossOptions& o) {
@@ -218,7 +216,7 @@ MarginLossOptions margin_options(const ElasticFaceLossOptions& o) {
   TORCH_CHECK(o.kind() == "arc" || o.kind() == "cos", "expected kind to be 'arc' or 'cos', but got '", o.kind(), "'");
   TORCH_CHECK(o.deviation() >= 0, "expected deviation not to be negative, but got ", o.deviation());
   check_finite("deviation", o.deviation());
-  LossForm form = presets::normalized_softmax(o.scale());
+  LossForm form = published::form<published::ElasticFace>(o.scale());
   (o.kind() == "arc" ? form.margin.m2 : form.margin.m3) = check_radians("margin", o.margin());
   return common(o, form);
 }

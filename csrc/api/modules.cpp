@@ -134,8 +134,8 @@ SampleMargins ArcFaceLossImpl::sample_margins(const torch::Tensor& /*embeddings*
 
 void AdaFaceLossImpl::reset() {
   OptionsLossImpl::reset();
-  length_mean = register_buffer("length_mean", at::full({}, 20.0));
-  length_std = register_buffer("length_std", at::full({}, 100.0));
+  length_mean = register_buffer("length_mean", at::full({}, published::AdaFace::length_mean));
+  length_std = register_buffer("length_std", at::full({}, published::AdaFace::length_std));
 }
 
 // Mean and unbiased deviation of the rows that count; a batch with fewer than two changes nothing.

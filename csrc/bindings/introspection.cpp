@@ -5,6 +5,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "ops/checks.h"
+#include "torchmargin/presets.h"
 #include "torchmargin/settings.h"
 #include "torchmargin/torchmargin.h"
 
@@ -44,6 +46,59 @@ c10::ScalarType parse_dtype(const char* argument, const std::string& name) {
   throw std::invalid_argument(
       std::string("torchmargin: expected ") + argument + " float64, float32, bfloat16 or float16, but got '" + name +
       "'");
+}
+
+std::string plain(Extension extension) {
+  return std::string(extension_name(extension));
+}
+
+std::string plain(MarginGradient margin_gradient) {
+  return std::string(margin_gradient_name(margin_gradient));
+}
+
+std::string plain(const char* text) {
+  return text;
+}
+
+template <typename Value>
+Value plain(Value value) {
+  return value;
+}
+
+// What a loss of the table has, of all that any has.
+template <typename Loss>
+Published shown() {
+  Published values;
+#define TORCHMARGIN_SHOW(name)              \
+  if constexpr (requires { Loss::name; }) { \
+    values[#name] = plain(Loss::name);      \
+  }
+  TORCHMARGIN_SHOW(scale)
+  TORCHMARGIN_SHOW(margin)
+  TORCHMARGIN_SHOW(m1)
+  TORCHMARGIN_SHOW(m2)
+  TORCHMARGIN_SHOW(m3)
+  TORCHMARGIN_SHOW(extension)
+  TORCHMARGIN_SHOW(margin_gradient)
+  TORCHMARGIN_SHOW(normalize_input)
+  TORCHMARGIN_SHOW(normalize_weight)
+  TORCHMARGIN_SHOW(bias)
+  TORCHMARGIN_SHOW(lambda_base)
+  TORCHMARGIN_SHOW(lambda_gamma)
+  TORCHMARGIN_SHOW(lambda_min)
+  TORCHMARGIN_SHOW(h)
+  TORCHMARGIN_SHOW(momentum)
+  TORCHMARGIN_SHOW(length_mean)
+  TORCHMARGIN_SHOW(length_std)
+  TORCHMARGIN_SHOW(a_min)
+  TORCHMARGIN_SHOW(a_max)
+  TORCHMARGIN_SHOW(m_min)
+  TORCHMARGIN_SHOW(m_max)
+  TORCHMARGIN_SHOW(regularizer)
+  TORCHMARGIN_SHOW(kind)
+  TORCHMARGIN_SHOW(deviation)
+#undef TORCHMARGIN_SHOW
+  return values;
 }
 
 } // namespace
@@ -105,6 +160,22 @@ Plan choose_plan(
   return {
       cpu ? "cpu-sweep" : "cuda-sweep", plan.lanes,        plan.row_tile,      plan.class_chunk,     plan.input_splits,
       name_of(plan.operand_dtype),      plan.kept_classes, plan.scratch_bytes, plan.workspace_limit, plan.fits};
+}
+
+std::map<std::string, Published> published_losses() {
+  return {
+      {"SoftmaxLoss", shown<published::Softmax>()},
+      {"ModifiedSoftmaxLoss", shown<published::ModifiedSoftmax>()},
+      {"NormalizedSoftmaxLoss", shown<published::NormalizedSoftmax>()},
+      {"SphereFaceLoss", shown<published::SphereFace>()},
+      {"SphereFaceLoss.normalized", shown<published::NormalizedSphereFace>()},
+      {"LargeMarginSoftmaxLoss", shown<published::LargeMarginSoftmax>()},
+      {"CosFaceLoss", shown<published::CosFace>()},
+      {"ArcFaceLoss", shown<published::ArcFace>()},
+      {"CombinedMarginLoss", shown<published::CombinedMargin>()},
+      {"AdaFaceLoss", shown<published::AdaFace>()},
+      {"MagFaceLoss", shown<published::MagFace>()},
+      {"ElasticFaceLoss", shown<published::ElasticFace>()}};
 }
 
 } // namespace torchmargin::bindings

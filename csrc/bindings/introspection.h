@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "torchmargin/export.h"
@@ -38,5 +40,9 @@ TORCHMARGIN_API Plan choose_plan(
     const std::string& dtype,
     const std::string& device_type,
     const std::string& compute_dtype);
+
+// The table of presets.h: of each loss, by the name of its module, what it comes with by the names of the options.
+using Published = std::map<std::string, std::variant<bool, double, std::string>>;
+TORCHMARGIN_API std::map<std::string, Published> published_losses();
 
 } // namespace torchmargin::bindings

@@ -6,7 +6,7 @@
 #include "bindings/introspection.h"
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Versions, the workspace limit and the plan of the fused ops.";
+  module.doc() = "Versions, the workspace limit and the plan of the fused ops, and the published losses' numbers.";
   using namespace torchmargin::bindings;
   module.def("version", &version);
   module.def("built_for_torch", &built_for_torch);
@@ -33,4 +33,5 @@ PYBIND11_MODULE(_C, module) {
       },
       pybind11::arg("rows"), pybind11::arg("features"), pybind11::arg("classes"), pybind11::arg("dtype"),
       pybind11::arg("device_type"), pybind11::arg("compute_dtype"));
+  module.def("published_losses", &published_losses);
 }

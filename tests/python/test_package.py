@@ -112,7 +112,7 @@ ARROWS = {
     "csrc/ops": {"torchmargin", "math", "ops", "sweep"},
     "csrc/cpu": {"torchmargin", "math", "ops", "sweep", "cpu"},
     "csrc/api": {"torchmargin", "ops", "api"},
-    "csrc/bindings": {"torchmargin", "bindings"},
+    "csrc/bindings": {"torchmargin", "ops", "bindings"},
     "cuda": {"torchmargin", "math", "ops", "sweep", "kernels", "target_values.h", "device_on_host.h"},
 }
 

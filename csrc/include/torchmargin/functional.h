@@ -19,7 +19,7 @@
 #include <utility>
 
 #include "torchmargin/export.h"
-#include "torchmargin/margin.h"
+#include "torchmargin/presets.h"
 
 namespace torchmargin::nn::functional {
 

@@ -1,5 +1,5 @@
 /// @file
-/// The parameters of a margin-softmax loss and the published losses as presets.
+/// The parameters of a margin-softmax loss; the published losses are in presets.h.
 /// Plain C++ (no ATen): LibTorch programs, the library and nvcc read this file.
 /// Angles and m2 are in radians, never degrees.
 #pragma once
@@ -33,75 +33,4 @@ struct MarginParameters {
   MarginGradient margin_gradient = MarginGradient::exact;
 };
 
-/// A loss of the field: its margin, and whether embeddings and class weights are
-/// brought to unit length first.
-struct LossForm {
-  MarginParameters margin;
-  bool normalize_input = true;
-  bool normalize_weight = true;
-};
-
-namespace presets {
-
-/// Softmax cross-entropy of x W^T + b.
-constexpr LossForm softmax() {
-  return {MarginParameters{}, /*normalize_input=*/false, /*normalize_weight=*/false};
-}
-
-/// A-Softmax, Liu et al., "SphereFace", CVPR 2017 (arXiv:1704.08063). m1 = 1 is the
-/// modified softmax of the same paper.
-constexpr LossForm sphereface(double m1 = 4.0) {
-  MarginParameters margin;
-  margin.m1 = m1;
-  margin.extension = Extension::monotonic;
-  return {margin, /*normalize_input=*/false, /*normalize_weight=*/true};
-}
-
-constexpr LossForm modified_softmax() {
-  return {MarginParameters{}, /*normalize_input=*/false, /*normalize_weight=*/true};
-}
-
-/// L-Softmax, Liu et al., ICML 2016 (arXiv:1612.02295).
-constexpr LossForm large_margin_softmax(double m1 = 4.0) {
-  MarginParameters margin;
-  margin.m1 = m1;
-  margin.extension = Extension::monotonic;
-  return {margin, /*normalize_input=*/false, /*normalize_weight=*/false};
-}
-
-/// NormFace, Wang et al., ACM MM 2017 (arXiv:1704.06369).
-constexpr LossForm normalized_softmax(double scale = 64.0) {
-  MarginParameters margin;
-  margin.scale = scale;
-  return {margin};
-}
-
-/// Wang et al., "CosFace", CVPR 2018 (arXiv:1801.09414).
-constexpr LossForm cosface(double scale = 64.0, double m3 = 0.35) {
-  MarginParameters margin;
-  margin.scale = scale;
-  margin.m3 = m3;
-  return {margin};
-}
-
-/// Deng et al., "ArcFace", CVPR 2019 (arXiv:1801.07698).
-constexpr LossForm arcface(double scale = 64.0, double m2 = 0.5) {
-  MarginParameters margin;
-  margin.scale = scale;
-  margin.m2 = m2;
-  margin.extension = Extension::linear;
-  return {margin};
-}
-
-/// The combined margin cos(m1 theta + m2) - m3 of the ArcFace paper.
-constexpr LossForm combined(double scale = 64.0, double m1 = 1.0, double m2 = 0.3, double m3 = 0.2) {
-  MarginParameters margin;
-  margin.scale = scale;
-  margin.m1 = m1;
-  margin.m2 = m2;
-  margin.m3 = m3;
-  return {margin};
-}
-
-} // namespace presets
 } // namespace torchmargin

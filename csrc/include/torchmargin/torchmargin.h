@@ -8,6 +8,7 @@
 #include "torchmargin/margin_loss.h"
 #include "torchmargin/modules.h"
 #include "torchmargin/options.h"
+#include "torchmargin/presets.h"
 #include "torchmargin/settings.h"
 #include "torchmargin/state_dict.h"
 #include "torchmargin/version.h"

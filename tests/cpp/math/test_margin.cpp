@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "math/margin.h"
+#include "torchmargin/presets.h"
 
 namespace {
 
