@@ -4,6 +4,7 @@
 # The gates: arguments checked once, in one struct.
 set(TORCHMARGIN_GATE_SOURCES
   csrc/ops/checks.cpp
+  csrc/ops/margins.cpp
   csrc/ops/problem.cpp
   csrc/ops/cosine_problem.cpp)
 
@@ -15,7 +16,7 @@ set(TORCHMARGIN_OPS_SOURCES
   csrc/ops/cosine.cpp
   csrc/ops/formula.cpp
   csrc/ops/autograd_node.cpp
-  csrc/ops/double_backward.cpp
+  csrc/ops/differentiable.cpp
   csrc/ops/linear_autograd.cpp
   csrc/ops/cosine_autograd.cpp
   csrc/ops/autocast.cpp
@@ -23,6 +24,11 @@ set(TORCHMARGIN_OPS_SOURCES
   csrc/ops/cosine_meta.cpp
   csrc/ops/recall_state.cpp
   csrc/ops/adaptive_margins.cpp)
+
+# Sizes and traits to plans.
+set(TORCHMARGIN_PLAN_SOURCES
+  csrc/plan/sweep_plan.cpp
+  csrc/plan/settings.cpp)
 
 # The passes over the classes, for any device.
 set(TORCHMARGIN_SWEEP_SOURCES
@@ -32,8 +38,7 @@ set(TORCHMARGIN_SWEEP_SOURCES
   csrc/sweep/logits_sweep.cpp
   csrc/sweep/products.cpp
   csrc/sweep/upstream.cpp
-  csrc/sweep/cosine_pass.cpp
-  csrc/sweep/settings.cpp)
+  csrc/sweep/cosine_pass.cpp)
 
 # The ops on the CPU.
 set(TORCHMARGIN_CPU_SOURCES
@@ -86,7 +91,7 @@ set(TORCHMARGIN_DEVICE_KERNELS
 
 # From any folder of the project.
 foreach(layer
-    GATE_SOURCES OPS_SOURCES SWEEP_SOURCES CPU_SOURCES CPU_LOOP_SOURCES CPU_KERNEL_SOURCES ROW_KERNEL_DISPATCH
+    GATE_SOURCES OPS_SOURCES PLAN_SOURCES SWEEP_SOURCES CPU_SOURCES CPU_LOOP_SOURCES CPU_KERNEL_SOURCES ROW_KERNEL_DISPATCH
     ROW_KERNEL_SOURCES API_SOURCES INTROSPECTION_SOURCES PYTHON_SOURCES CUDA_SOURCES DEVICE_KERNELS)
   list(TRANSFORM TORCHMARGIN_${layer} PREPEND "${PROJECT_SOURCE_DIR}/")
 endforeach()

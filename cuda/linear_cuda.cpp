@@ -45,41 +45,47 @@ void run_lanes(int64_t lanes, const std::function<void(int64_t)>& body) {
 }
 void prepare_buffer(void* /*data*/, int64_t /*bytes*/) {}
 
-constexpr SweepKernels kKernels{DeviceKind::gpu, load_rows,   accumulate_chunk, softmax_chunk, target_pass,
-                                finish_classes,  finish_rows, run_lanes,        prepare_buffer};
+constexpr SweepKernels kKernels{kGpuTraits,     load_rows,   accumulate_chunk, softmax_chunk, target_pass,
+                                finish_classes, finish_rows, run_lanes,        prepare_buffer};
 
-ForwardTuple linear_margin_forward_cuda(
-    TORCHMARGIN_LINEAR_PARAMETERS,
-    std::optional<int64_t> ignore_index,
-    bool with_logit_sum,
-    int64_t kept_classes) {
-  const LinearProblem problem = make_linear_problem("_linear_margin_forward", TORCHMARGIN_LINEAR_ARGUMENTS);
+ForwardTuple linear_margin_forward_cuda(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TORCHMARGIN_FORWARD_REQUEST_PARAMETERS) {
+  constexpr std::string_view op = "_linear_margin_forward";
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  const ForwardRequest request{ignore_index, with_logit_sum, kept_classes};
+  check_request(op, problem, request);
   const c10::cuda::CUDAGuard guard(input.device());
   if (ignore_index.has_value()) {
     assert_target_values(target, weight.size(0), *ignore_index);
   }
-  return to_tuple(sweep_forward(problem, {ignore_index, with_logit_sum, kept_classes}, kKernels));
+  return to_tuple(sweep_forward(problem, request, kKernels));
 }
 
-BackwardTuple linear_margin_backward_cuda(TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS) {
-  const LinearProblem problem = make_linear_problem("_linear_margin_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
+BackwardTuple linear_margin_backward_cuda(
+    TORCHMARGIN_PACKED_LINEAR_PARAMETERS,
+    TORCHMARGIN_BACKWARD_REQUEST_PARAMETERS) {
+  constexpr std::string_view op = "_linear_margin_backward";
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  const BackwardRequest request{TORCHMARGIN_BACKWARD_REQUEST_ARGUMENTS};
+  check_request(op, problem, request);
   const c10::cuda::CUDAGuard guard(input.device());
-  return to_tuple(sweep_backward(
-      problem, {grad_other_lse, grad_target_logit, grad_logit_sum, other_lse, kept, inverse_norms, weight_sum, wanted},
-      kKernels));
+  return to_tuple(sweep_backward(problem, request, kKernels));
 }
 
-std::tuple<at::Tensor, at::Tensor> margin_logits_forward_cuda(TORCHMARGIN_LINEAR_PARAMETERS) {
-  const LinearProblem problem = make_linear_problem("_margin_logits_forward", TORCHMARGIN_LINEAR_ARGUMENTS);
+LogitsTuple margin_logits_forward_cuda(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
+  const LinearProblem problem = make_linear_problem("_margin_logits_forward", TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
   const c10::cuda::CUDAGuard guard(input.device());
-  const LogitsResult result = sweep_logits(problem, kKernels);
-  return {result.logits, result.inverse_norms};
+  return to_tuple(sweep_logits(problem, kKernels));
 }
 
-BackwardTuple margin_logits_backward_cuda(TORCHMARGIN_LOGITS_BACKWARD_PARAMETERS) {
-  const LinearProblem problem = make_linear_problem("_margin_logits_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
+BackwardTuple margin_logits_backward_cuda(
+    TORCHMARGIN_PACKED_LINEAR_PARAMETERS,
+    TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS) {
+  constexpr std::string_view op = "_margin_logits_backward";
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  const LogitsBackwardRequest request{grad_logits, inverse_norms, wanted};
+  check_request(op, problem, request);
   const c10::cuda::CUDAGuard guard(input.device());
-  return to_tuple(sweep_logits_backward(problem, {grad_logits, inverse_norms, wanted}, kKernels));
+  return to_tuple(sweep_logits_backward(problem, request, kKernels));
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, CUDA, library) {

@@ -3,9 +3,9 @@
 
 #include <tuple>
 
-#include "ops/cosine_problem.h"
+#include "ops/arguments.h"
 #include "ops/find_op.h"
-#include "ops/problem.h"
+#include "ops/margins.h"
 
 namespace torchmargin::nn::functional {
 namespace {
@@ -46,7 +46,8 @@ at::Tensor linear_margin_cross_entropy(
     const at::Tensor& weight,
     const at::Tensor& target,
     const LinearMarginCrossEntropyFuncOptions& options) {
-  static const auto op = find_op<at::Tensor(TORCHMARGIN_LOSS_PARAMETERS)>("torchmargin::linear_margin_cross_entropy");
+  static const auto op = find_op<at::Tensor(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS)>(
+      "torchmargin::linear_margin_cross_entropy");
   return call(
       op, input, weight, target, options.linear(), options.label_smoothing(), options.ignore_index(),
       std::string_view(options.reduction()));
@@ -58,8 +59,8 @@ std::pair<at::Tensor, MarginStatistics> linear_margin_cross_entropy_with_statist
     const at::Tensor& target,
     const LinearMarginCrossEntropyFuncOptions& options) {
   using Tuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-  static const auto op =
-      find_op<Tuple(TORCHMARGIN_LOSS_PARAMETERS)>("torchmargin::_linear_margin_cross_entropy_statistics");
+  static const auto op = find_op<Tuple(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS)>(
+      "torchmargin::_linear_margin_cross_entropy_statistics");
   auto [loss, target_angle, accuracy, hardest_negative_logit] = call(
       op, input, weight, target, options.linear(), options.label_smoothing(), options.ignore_index(),
       std::string_view(options.reduction()));
@@ -81,7 +82,7 @@ at::Tensor margin_cross_entropy(
     const at::Tensor& cosine,
     const at::Tensor& target,
     const LinearMarginCrossEntropyFuncOptions& options) {
-  static const auto op = find_op<at::Tensor(TORCHMARGIN_COSINE_PARAMETERS, double, int64_t, std::string_view)>(
+  static const auto op = find_op<at::Tensor(TORCHMARGIN_COSINE_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS)>(
       "torchmargin::margin_cross_entropy");
   const LinearMarginFuncOptions& linear = options.linear();
   const MarginParameters& margin = linear.margin();
@@ -93,8 +94,7 @@ at::Tensor margin_cross_entropy(
 }
 
 at::Tensor margin_transform(const at::Tensor& cosine, const MarginParameters& margin) {
-  static const auto op =
-      find_op<at::Tensor(const at::Tensor&, TORCHMARGIN_MARGIN_PARAMETERS)>("torchmargin::margin_transform");
+  static const auto op = find_op<at::Tensor(TORCHMARGIN_TRANSFORM_PARAMETERS)>("torchmargin::margin_transform");
   return op.call(
       cosine, margin.m1, margin.m2, margin.m3, extension_name(margin.extension), margin.margin_weight,
       margin_gradient_name(margin.margin_gradient));

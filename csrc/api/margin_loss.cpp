@@ -15,6 +15,7 @@
 #include "api/loss_options.h"
 #include "ops/checks.h"
 #include "ops/find_op.h"
+#include "ops/margins.h"
 
 namespace torchmargin::nn {
 namespace {
@@ -163,11 +164,9 @@ torch::Tensor MarginLossBase::logits(const torch::Tensor& embeddings) const {
   const MarginLossOptions options = present_options();
   const MarginParameters& margin = options.form().margin;
   // The margin does not count here, but a bad one is bad.
-  const MarginParameters checked = make_margin_parameters(
-      "margin_logits", margin.scale, margin.m1, margin.m2, margin.m3, extension_name(margin.extension),
-      margin.margin_weight, margin_gradient_name(margin.margin_gradient));
+  check_parameters("margin_logits", margin);
   MarginParameters plain;
-  plain.scale = checked.scale;
+  plain.scale = margin.scale;
   const auto [input, lowest] = widened(embeddings, weight);
   functional::LinearMarginFuncOptions linear = call_options(options, bias, {}).linear();
   return functional::margin_logits(input, weight, std::nullopt, linear.margin(plain).compute_dtype(lowest));

@@ -11,7 +11,7 @@
 
 namespace torchmargin::bindings {
 
-// How a problem would be cut up: see sweep/chunk_plan.h.
+// How a problem would be cut up: see plan/chunk_plan.h.
 struct Plan {
   std::string path; // which implementation would run
   int64_t lanes;

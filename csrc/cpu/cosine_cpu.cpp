@@ -27,9 +27,11 @@ void transform_all(const TransformArgs& args, int64_t count) {
 
 constexpr CosineKernels kKernels{forward, backward, transform_all};
 
-CosineTuple
-margin_cosine_forward_cpu(TORCHMARGIN_COSINE_PARAMETERS, std::optional<int64_t> ignore_index, bool with_logit_sum) {
-  const CosineProblem problem = make_cosine_problem("_margin_cosine_forward", TORCHMARGIN_COSINE_ARGUMENTS);
+CosineTuple margin_cosine_forward_cpu(
+    TORCHMARGIN_PACKED_COSINE_PARAMETERS,
+    std::optional<int64_t> ignore_index,
+    bool with_logit_sum) {
+  const CosineProblem problem = make_cosine_problem("_margin_cosine_forward", TORCHMARGIN_PACKED_COSINE_ARGUMENTS);
   if (ignore_index.has_value()) {
     check_target_values("margin_cross_entropy", target, cosine.size(1), *ignore_index);
   }
@@ -37,28 +39,34 @@ margin_cosine_forward_cpu(TORCHMARGIN_COSINE_PARAMETERS, std::optional<int64_t> 
   return {result.other_lse, result.target_logit, result.logit_sum};
 }
 
-CosineTuple margin_cosine_backward_cpu(TORCHMARGIN_COSINE_BACKWARD_PARAMETERS) {
-  const CosineProblem problem = make_cosine_problem("_margin_cosine_backward", TORCHMARGIN_COSINE_ARGUMENTS);
-  const CosineGradients gradients =
-      cosine_backward_pass(problem, {grad_other_lse, grad_target_logit, grad_logit_sum, other_lse, wanted}, kKernels);
+CosineTuple margin_cosine_backward_cpu(
+    TORCHMARGIN_PACKED_COSINE_PARAMETERS,
+    TORCHMARGIN_COSINE_BACKWARD_REQUEST_PARAMETERS) {
+  constexpr std::string_view op = "_margin_cosine_backward";
+  const CosineProblem problem = make_cosine_problem(op, TORCHMARGIN_PACKED_COSINE_ARGUMENTS);
+  const CosineBackwardRequest request{TORCHMARGIN_UPSTREAM_ARGUMENTS, other_lse, wanted};
+  check_request(op, problem, request);
+  const CosineGradients gradients = cosine_backward_pass(problem, request, kKernels);
   return {gradients[0], gradients[1], gradients[2]};
 }
 
-at::Tensor margin_transform_cpu(const at::Tensor& cosine, TORCHMARGIN_MARGIN_PARAMETERS) {
-  return transform_pass(
-      cosine, std::nullopt, check_transform("margin_transform", cosine, TORCHMARGIN_MARGIN_ARGUMENTS), kKernels);
+at::Tensor margin_transform_forward_cpu(const at::Tensor& cosine, at::ArrayRef<double> numbers) {
+  const MarginParameters margin = make_transform("_margin_transform_forward", cosine, numbers);
+  return transform_pass(cosine, std::nullopt, margin, kKernels);
 }
 
 at::Tensor
-margin_transform_backward_cpu(const at::Tensor& grad, const at::Tensor& cosine, TORCHMARGIN_MARGIN_PARAMETERS) {
-  return transform_pass(
-      cosine, grad, check_transform("_margin_transform_backward", cosine, TORCHMARGIN_MARGIN_ARGUMENTS), kKernels);
+margin_transform_backward_cpu(const at::Tensor& grad, const at::Tensor& cosine, at::ArrayRef<double> numbers) {
+  constexpr std::string_view op = "_margin_transform_backward";
+  const MarginParameters margin = make_transform(op, cosine, numbers);
+  check_shape(op, "grad", grad, cosine.sym_sizes());
+  return transform_pass(cosine, grad, margin, kKernels);
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, CPU, library) {
   library.impl("_margin_cosine_forward", margin_cosine_forward_cpu);
   library.impl("_margin_cosine_backward", margin_cosine_backward_cpu);
-  library.impl("margin_transform", margin_transform_cpu);
+  library.impl("_margin_transform_forward", margin_transform_forward_cpu);
   library.impl("_margin_transform_backward", margin_transform_backward_cpu);
 }
 

@@ -9,34 +9,40 @@
 namespace torchmargin::cpu {
 namespace {
 
-ForwardTuple linear_margin_forward_cpu(
-    TORCHMARGIN_LINEAR_PARAMETERS,
-    std::optional<int64_t> ignore_index,
-    bool with_logit_sum,
-    int64_t kept_classes) {
-  const LinearProblem problem = make_linear_problem("_linear_margin_forward", TORCHMARGIN_LINEAR_ARGUMENTS);
+ForwardTuple linear_margin_forward_cpu(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TORCHMARGIN_FORWARD_REQUEST_PARAMETERS) {
+  constexpr std::string_view op = "_linear_margin_forward";
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  const ForwardRequest request{ignore_index, with_logit_sum, kept_classes};
+  check_request(op, problem, request);
   if (ignore_index.has_value()) {
     check_target_values("linear_margin_cross_entropy", target, weight.size(0), *ignore_index);
   }
-  return to_tuple(sweep_forward(problem, {ignore_index, with_logit_sum, kept_classes}, sweep_kernels()));
+  return to_tuple(sweep_forward(problem, request, sweep_kernels()));
 }
 
-BackwardTuple linear_margin_backward_cpu(TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS) {
-  const LinearProblem problem = make_linear_problem("_linear_margin_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
-  return to_tuple(sweep_backward(
-      problem, {grad_other_lse, grad_target_logit, grad_logit_sum, other_lse, kept, inverse_norms, weight_sum, wanted},
-      sweep_kernels()));
+BackwardTuple linear_margin_backward_cpu(
+    TORCHMARGIN_PACKED_LINEAR_PARAMETERS,
+    TORCHMARGIN_BACKWARD_REQUEST_PARAMETERS) {
+  constexpr std::string_view op = "_linear_margin_backward";
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  const BackwardRequest request{TORCHMARGIN_BACKWARD_REQUEST_ARGUMENTS};
+  check_request(op, problem, request);
+  return to_tuple(sweep_backward(problem, request, sweep_kernels()));
 }
 
-std::tuple<at::Tensor, at::Tensor> margin_logits_forward_cpu(TORCHMARGIN_LINEAR_PARAMETERS) {
-  const LogitsResult result =
-      sweep_logits(make_linear_problem("_margin_logits_forward", TORCHMARGIN_LINEAR_ARGUMENTS), sweep_kernels());
-  return {result.logits, result.inverse_norms};
+LogitsTuple margin_logits_forward_cpu(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
+  const LinearProblem problem = make_linear_problem("_margin_logits_forward", TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  return to_tuple(sweep_logits(problem, sweep_kernels()));
 }
 
-BackwardTuple margin_logits_backward_cpu(TORCHMARGIN_LOGITS_BACKWARD_PARAMETERS) {
-  const LinearProblem problem = make_linear_problem("_margin_logits_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
-  return to_tuple(sweep_logits_backward(problem, {grad_logits, inverse_norms, wanted}, sweep_kernels()));
+BackwardTuple margin_logits_backward_cpu(
+    TORCHMARGIN_PACKED_LINEAR_PARAMETERS,
+    TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS) {
+  constexpr std::string_view op = "_margin_logits_backward";
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  const LogitsBackwardRequest request{grad_logits, inverse_norms, wanted};
+  check_request(op, problem, request);
+  return to_tuple(sweep_logits_backward(problem, request, sweep_kernels()));
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, CPU, library) {

@@ -82,8 +82,8 @@ void prepare_buffer(void* data, int64_t bytes) {
 } // namespace
 
 const SweepKernels& sweep_kernels() {
-  static constexpr SweepKernels kernels{DeviceKind::cpu, load_rows,   accumulate_chunk, softmax_chunk, target_pass,
-                                        finish_classes,  finish_rows, run_lanes,        prepare_buffer};
+  static constexpr SweepKernels kernels{kCpuTraits,     load_rows,   accumulate_chunk, softmax_chunk, target_pass,
+                                        finish_classes, finish_rows, run_lanes,        prepare_buffer};
   return kernels;
 }
 

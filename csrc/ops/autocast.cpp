@@ -6,9 +6,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include "ops/cosine_problem.h"
+#include "ops/arguments.h"
 #include "ops/find_op.h"
-#include "ops/problem.h"
 
 namespace torchmargin {
 namespace {
@@ -57,15 +56,16 @@ LseTuple linear_margin_lse_autocast(TORCHMARGIN_LINEAR_PARAMETERS) {
   return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS);
 }
 
-at::Tensor linear_margin_cross_entropy_autocast(TORCHMARGIN_LOSS_PARAMETERS) {
-  static const auto op = find_op<at::Tensor(TORCHMARGIN_LOSS_PARAMETERS)>("torchmargin::linear_margin_cross_entropy");
-  return call_linear(op, TORCHMARGIN_LOSS_ARGUMENTS);
+at::Tensor linear_margin_cross_entropy_autocast(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
+  static const auto op = find_op<at::Tensor(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS)>(
+      "torchmargin::linear_margin_cross_entropy");
+  return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS);
 }
 
-LossTuple linear_margin_cross_entropy_statistics_autocast(TORCHMARGIN_LOSS_PARAMETERS) {
-  static const auto op =
-      find_op<LossTuple(TORCHMARGIN_LOSS_PARAMETERS)>("torchmargin::_linear_margin_cross_entropy_statistics");
-  return call_linear(op, TORCHMARGIN_LOSS_ARGUMENTS);
+LossTuple linear_margin_cross_entropy_statistics_autocast(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
+  static const auto op = find_op<LossTuple(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS)>(
+      "torchmargin::_linear_margin_cross_entropy_statistics");
+  return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS);
 }
 
 at::Tensor margin_logits_autocast(
@@ -79,25 +79,19 @@ at::Tensor margin_logits_autocast(
   return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS);
 }
 
-at::Tensor margin_cross_entropy_autocast(
-    TORCHMARGIN_COSINE_PARAMETERS,
-    double label_smoothing,
-    int64_t ignore_index,
-    std::string_view reduction) {
-  static const auto op = find_op<at::Tensor(TORCHMARGIN_COSINE_PARAMETERS, double, int64_t, std::string_view)>(
+at::Tensor margin_cross_entropy_autocast(TORCHMARGIN_COSINE_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
+  static const auto op = find_op<at::Tensor(TORCHMARGIN_COSINE_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS)>(
       "torchmargin::margin_cross_entropy");
   const c10::impl::ExcludeDispatchKeyGuard below(c10::autocast_dispatch_keyset);
   return op.call(
       cast(cosine, at::kFloat), target, scale, m1, m2, m3, cast(sample_m2, at::kFloat), cast(sample_m3, at::kFloat),
-      cast(sample_margin_weight, at::kFloat), extension, margin_weight, margin_gradient, label_smoothing, ignore_index,
-      reduction);
+      cast(sample_margin_weight, at::kFloat), extension, margin_weight, margin_gradient, TORCHMARGIN_LOSS_ARGUMENTS);
 }
 
-at::Tensor margin_transform_autocast(const at::Tensor& cosine, TORCHMARGIN_MARGIN_PARAMETERS) {
-  static const auto op =
-      find_op<at::Tensor(const at::Tensor&, TORCHMARGIN_MARGIN_PARAMETERS)>("torchmargin::margin_transform");
+at::Tensor margin_transform_autocast(TORCHMARGIN_TRANSFORM_PARAMETERS) {
+  static const auto op = find_op<at::Tensor(TORCHMARGIN_TRANSFORM_PARAMETERS)>("torchmargin::margin_transform");
   const c10::impl::ExcludeDispatchKeyGuard below(c10::autocast_dispatch_keyset);
-  return op.call(cast(cosine, at::kFloat), TORCHMARGIN_MARGIN_ARGUMENTS);
+  return op.call(cast(cosine, at::kFloat), m1, m2, m3, extension, margin_weight, margin_gradient);
 }
 
 void register_kernels(torch::Library& library) {

@@ -31,17 +31,21 @@ struct CallNode : public Node {
 
   NodeCall call;
   std::vector<SavedVariable> variables;
-  size_t first_result = 0; // the variables from here on are results of this node
+  std::vector<bool> is_output; // of this node, for each variable
   bool released = false;
 
   // NB: after set_history, which tells a result's saved variable its place.
-  void save(const Tensors& results) {
+  void save(const Tensors& results, size_t outputs) {
+    const size_t count = call.saved.size() + call.saved_results.size();
+    variables.reserve(count);
+    is_output.reserve(count);
     for (const auto& tensor : call.saved) {
       variables.push_back(tensor.has_value() ? SavedVariable(*tensor, /*is_output=*/false) : SavedVariable());
+      is_output.push_back(false);
     }
-    first_result = variables.size();
     for (const size_t place : call.saved_results) {
-      variables.emplace_back(results[place], /*is_output=*/true);
+      is_output.push_back(place < outputs);
+      variables.emplace_back(results[place], is_output.back());
     }
     call.saved.clear();
   }
@@ -52,7 +56,7 @@ struct CallNode : public Node {
       std::lock_guard<std::mutex> lock(mutex_);
       TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
       for (size_t i = 0; i < variables.size(); ++i) {
-        saved.push_back(i < first_result ? variables[i].unpack() : variables[i].unpack(getptr()));
+        saved.push_back(is_output[i] ? variables[i].unpack(getptr()) : variables[i].unpack());
       }
     }
     variable_list results(num_outputs());
@@ -86,11 +90,11 @@ struct CallNode : public Node {
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (size_t i = 0; i < variables.size(); ++i) {
-      args.collect(variables[i], /*is_output=*/i >= first_result);
+      args.collect(variables[i], is_output[i]);
     }
     args.collect(call.name);
-    for (const double attribute : call.attributes) {
-      args.collect(attribute);
+    for (const double number : call.numbers) {
+      args.collect(number);
     }
   }
 
@@ -109,7 +113,7 @@ struct CallNode : public Node {
 
 } // namespace
 
-void attach_node(const Tensors& results, const OptionalTensors& inputs, NodeCall call) {
+void attach_node(const Tensors& results, size_t outputs, const OptionalTensors& inputs, NodeCall call) {
   auto node = make_node<CallNode>();
   node->call = std::move(call);
   torch::autograd::edge_list edges;
@@ -119,8 +123,8 @@ void attach_node(const Tensors& results, const OptionalTensors& inputs, NodeCall
                                                 : torch::autograd::Edge());
   }
   node->set_next_edges(std::move(edges));
-  torch::autograd::set_history(results, node);
-  node->save(results);
+  torch::autograd::set_history(Tensors(results.begin(), results.begin() + outputs), node);
+  node->save(results, outputs);
 }
 
 bool any_requires_grad(const OptionalTensors& tensors) {
@@ -142,17 +146,6 @@ bool any_has_tangent(const OptionalTensors& tensors) {
 
 std::optional<at::Tensor> optional(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
-
-std::vector<double> numbers_of(const MarginParameters& margin) {
-  return {
-      margin.scale,
-      margin.m1,
-      margin.m2,
-      margin.m3,
-      static_cast<double>(margin.extension),
-      margin.margin_weight,
-      static_cast<double>(margin.margin_gradient)};
 }
 
 } // namespace torchmargin

@@ -11,8 +11,6 @@
 #include <string>
 #include <vector>
 
-#include "torchmargin/margin.h"
-
 namespace torchmargin {
 
 using Tensors = std::vector<at::Tensor>;
@@ -20,18 +18,18 @@ using OptionalTensors = std::vector<std::optional<at::Tensor>>;
 
 struct NodeCall {
   std::string name;
-  // What the node saves and gives back to `run`, undefined where there is none.
+  // What the node keeps and gives back to `run`, undefined where there is none.
   OptionalTensors saved;
-  // Saved as well, behind `saved`: results of this op, by their place among `results`.
+  // Kept as well, behind `saved`: results of this op, by their place among `results`.
   std::vector<size_t> saved_results;
   // All that `run` captured beside tensors: compiled autograd tells two calls apart by it.
-  std::vector<double> attributes;
+  std::vector<double> numbers;
   // Gradients of the inputs, from those of the results (undefined where there is none).
   std::function<Tensors(const Tensors& grads, const Tensors& saved, const std::vector<bool>& wanted)> run;
 };
 
-// Makes `results` the outputs of a node with edges to `inputs`.
-void attach_node(const Tensors& results, const OptionalTensors& inputs, NodeCall call);
+// Makes the first `outputs` of `results` the outputs of a node with edges to `inputs`.
+void attach_node(const Tensors& results, size_t outputs, const OptionalTensors& inputs, NodeCall call);
 
 // Does any of them require grad, with grad mode enabled?
 bool any_requires_grad(const OptionalTensors& tensors);
@@ -41,8 +39,5 @@ bool any_has_tangent(const OptionalTensors& tensors);
 
 // An undefined tensor is none.
 std::optional<at::Tensor> optional(const at::Tensor& tensor);
-
-// A margin as NodeCall::attributes.
-std::vector<double> numbers_of(const MarginParameters& margin);
 
 } // namespace torchmargin

@@ -1,5 +1,5 @@
-// The arguments of margin_cross_entropy, checked once and packed into one struct, and what
-// its private ops exchange. The linear ops' counterpart is problem.h.
+// The arguments of the ops on given cosines in one struct, its gates, and what the private ops exchange. The linear
+// ops' counterpart is problem.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,43 +9,18 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
+#include "ops/arguments.h"
 #include "ops/checks.h"
-#include "torchmargin/margin.h"
-
-#define TORCHMARGIN_MARGIN_SCHEMA                                                               \
-  "float m1=1.0, float m2=0.0, float m3=0.0, str extension=\"none\", float margin_weight=1.0, " \
-  "str margin_gradient=\"exact\""
-#define TORCHMARGIN_COSINE_SCHEMA                                                                \
-  "Tensor cosine, Tensor target, *, float scale=1.0, float m1=1.0, float m2=0.0, float m3=0.0, " \
-  "Tensor? sample_m2=None, Tensor? sample_m3=None, Tensor? sample_margin_weight=None, "          \
-  "str extension=\"none\", float margin_weight=1.0, str margin_gradient=\"exact\""
-#define TORCHMARGIN_COSINE_PARAMETERS                                                                         \
-  const at::Tensor &cosine, const at::Tensor &target, double scale, double m1, double m2, double m3,          \
-      const std::optional<at::Tensor>&sample_m2, const std::optional<at::Tensor>&sample_m3,                   \
-      const std::optional<at::Tensor>&sample_margin_weight, std::string_view extension, double margin_weight, \
-      std::string_view margin_gradient
-#define TORCHMARGIN_COSINE_ARGUMENTS                                                                       \
-  cosine, target, scale, m1, m2, m3, sample_m2, sample_m3, sample_margin_weight, extension, margin_weight, \
-      margin_gradient
-#define TORCHMARGIN_COSINE_BACKWARD_PARAMETERS                                                           \
-  TORCHMARGIN_COSINE_PARAMETERS, const std::optional<at::Tensor>&grad_other_lse,                         \
-      const std::optional<at::Tensor>&grad_target_logit, const std::optional<at::Tensor>&grad_logit_sum, \
-      const at::Tensor &other_lse, std::array<bool, 3> wanted
-
-#define TORCHMARGIN_MARGIN_PARAMETERS \
-  double m1, double m2, double m3, std::string_view extension, double margin_weight, std::string_view margin_gradient
-#define TORCHMARGIN_MARGIN_ARGUMENTS m1, m2, m3, extension, margin_weight, margin_gradient
+#include "ops/margins.h"
 
 namespace torchmargin {
 
 struct CosineProblem {
   at::Tensor cosine; // [B, C], floating
   at::Tensor target; // [B], int64
-  std::optional<at::Tensor> sample_m2; // [B], float64, acc or like cosine
-  std::optional<at::Tensor> sample_m3; // [B], float64, acc or like cosine
-  std::optional<at::Tensor> sample_margin_weight; // 0-dim or [B], floating, no gradient
-  MarginParameters margin;
+  Margins margins;
 
   at::ScalarType acc() const {
     return acc_dtype(cosine.scalar_type());
@@ -54,8 +29,16 @@ struct CosineProblem {
 
 // Checks every argument and packs them; errors name `op`.
 CosineProblem make_cosine_problem(std::string_view op, TORCHMARGIN_COSINE_PARAMETERS);
+CosineProblem make_cosine_problem(std::string_view op, TORCHMARGIN_PACKED_COSINE_PARAMETERS);
+// Of arguments that have been checked, or will be.
+CosineProblem unpack_cosine_problem(TORCHMARGIN_PACKED_COSINE_PARAMETERS);
+std::vector<double> numbers_of(const CosineProblem& problem);
+
 // The same for margin_transform: a cosine of any shape and no scale.
-MarginParameters check_transform(std::string_view op, const at::Tensor& cosine, TORCHMARGIN_MARGIN_PARAMETERS);
+MarginParameters make_transform(std::string_view op, TORCHMARGIN_TRANSFORM_PARAMETERS);
+MarginParameters make_transform(std::string_view op, const at::Tensor& cosine, at::ArrayRef<double> numbers);
+MarginParameters unpack_margin(at::ArrayRef<double> numbers);
+std::vector<double> numbers_of(const MarginParameters& margin);
 
 // [B] float64 each: linear_margin_lse's first three.
 struct CosineResult {
@@ -72,6 +55,7 @@ struct CosineBackwardRequest {
   at::Tensor other_lse; // as the forward returned it
   std::array<bool, 3> wanted{}; // cosine, sample_m2, sample_m3
 };
+void check_request(std::string_view op, const CosineProblem& problem, const CosineBackwardRequest& request);
 
 // In the order of CosineBackwardRequest::wanted; what is not wanted is an empty [0] tensor.
 using CosineGradients = std::array<at::Tensor, 3>;
@@ -81,7 +65,7 @@ using CosineTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 CosineResult
 call_cosine_forward(const CosineProblem& problem, std::optional<int64_t> ignore_index, bool with_logit_sum);
 CosineGradients call_cosine_backward(const CosineProblem& problem, const CosineBackwardRequest& request);
-at::Tensor call_transform(const at::Tensor& cosine, const MarginParameters& margin);
-at::Tensor call_transform_backward(const at::Tensor& grad, const at::Tensor& cosine, const MarginParameters& margin);
+at::Tensor call_transform(const at::Tensor& cosine, at::ArrayRef<double> numbers);
+at::Tensor call_transform_backward(const at::Tensor& grad, const at::Tensor& cosine, at::ArrayRef<double> numbers);
 
 } // namespace torchmargin

@@ -24,19 +24,15 @@ struct RowMargins {
   bool plain; // no angle is added: E is the cosine itself
 };
 
-RowMargins row_margins(
-    const MarginParameters& margin,
-    const std::optional<at::Tensor>& sample_m2,
-    const std::optional<at::Tensor>& sample_m3,
-    const std::optional<at::Tensor>& sample_margin_weight,
-    const at::Tensor& like) {
+RowMargins row_margins(const Margins& margins, const at::Tensor& like) {
+  const MarginParameters& margin = margins.parameters;
   const auto widened = [&](const std::optional<at::Tensor>& sample, double otherwise) {
     return sample.has_value() ? sample->to(at::kDouble) : at::full({}, otherwise, like.options().dtype(at::kDouble));
   };
   return {
-      widened(sample_m2, 0.0) + margin.m2, widened(sample_m3, 0.0) + margin.m3,
-      widened(sample_margin_weight, 1.0) * margin.margin_weight,
-      margin.m1 == 1.0 && margin.m2 == 0.0 && !sample_m2.has_value()};
+      widened(margins.sample_m2, 0.0) + margin.m2, widened(margins.sample_m3, 0.0) + margin.m3,
+      widened(margins.sample_margin_weight, 1.0) * margin.margin_weight,
+      margin.m1 == 1.0 && margin.m2 == 0.0 && !margins.sample_m2.has_value()};
 }
 
 at::Tensor extended_cosine(
@@ -104,7 +100,7 @@ TargetFormula target_formula(const LinearProblem& p, bool mark_seam) {
   const at::Tensor unit_w = unit(w);
   const at::Tensor alpha = p.normalize_input ? at::ones({}, x.options()) : norms(x);
   const at::Tensor beta = p.normalize_weight ? at::ones({}, x.options()) : norms(w);
-  const RowMargins row = row_margins(p.margin, p.sample_m2, p.sample_m3, p.sample_margin_weight, p.input);
+  const RowMargins row = row_margins(p.margins, p.input);
 
   const at::Tensor zero_x = norms(x) < kZeroNorm;
   const at::Tensor zero_w = norms(w) < kZeroNorm;
@@ -117,7 +113,7 @@ TargetFormula target_formula(const LinearProblem& p, bool mark_seam) {
     value =
         ((p.normalize_input ? unit_x : x) * (p.normalize_weight ? unit_w : w)).sum(1) - alpha * beta * row.mu * row.m3;
   } else {
-    value = alpha * beta * psi(p.margin, theta, theta.cos(), /*acute=*/theta < kPi / 2, row);
+    value = alpha * beta * psi(p.margins.parameters, theta, theta.cos(), /*acute=*/theta < kPi / 2, row);
     if (mark_seam) {
       at::Tensor seam = at::minimum(delta, sigma) <= kParallel;
       seam = p.normalize_input ? seam : seam.logical_or(zero_x);
@@ -125,7 +121,7 @@ TargetFormula target_formula(const LinearProblem& p, bool mark_seam) {
       value = value * at::where(seam, std::numeric_limits<double>::quiet_NaN(), at::ones({}, x.options()));
     }
   }
-  value = p.margin.scale * value;
+  value = p.margins.parameters.scale * value;
   if (p.bias.has_value()) {
     value = value + p.bias->index_select(0, place).to(at::kDouble);
   }
@@ -137,7 +133,8 @@ TargetFormula target_formula(const LinearProblem& p, bool mark_seam) {
 at::Tensor plain_logits(const LinearProblem& p) {
   const at::Tensor x = p.input.to(p.acc());
   const at::Tensor w = p.weight.to(p.acc());
-  at::Tensor logits = p.margin.scale * at::mm(p.normalize_input ? unit(x) : x, (p.normalize_weight ? unit(w) : w).t());
+  at::Tensor logits =
+      p.margins.parameters.scale * at::mm(p.normalize_input ? unit(x) : x, (p.normalize_weight ? unit(w) : w).t());
   return p.bias.has_value() ? logits + p.bias->to(p.acc()) : logits;
 }
 
@@ -197,17 +194,17 @@ at::Tensor psi_of_cosine(const at::Tensor& cosine, const MarginParameters& margi
 } // namespace
 
 CosineResult cosine_formula(const CosineProblem& p) {
-  const at::Tensor logits = p.margin.scale * p.cosine.to(p.acc());
+  const at::Tensor logits = p.margins.parameters.scale * p.cosine.to(p.acc());
   const auto [present, place] = target_place(p.target, p.cosine.sym_size(1));
-  const RowMargins row = row_margins(p.margin, p.sample_m2, p.sample_m3, p.sample_margin_weight, p.cosine);
+  const RowMargins row = row_margins(p.margins, p.cosine);
   const at::Tensor own_cosine = p.cosine.gather(1, place.unsqueeze(1)).squeeze(1);
-  const at::Tensor value = p.margin.scale * psi_of_cosine(own_cosine, p.margin, row);
+  const at::Tensor value = p.margins.parameters.scale * psi_of_cosine(own_cosine, p.margins.parameters, row);
   const at::Tensor target_logit = at::where(present, value, at::zeros({}, value.options()));
   return results_of(logits, own_class(logits, p.target), target_logit);
 }
 
 at::Tensor transform_formula(const at::Tensor& cosine, const MarginParameters& margin) {
-  const RowMargins row = row_margins(margin, std::nullopt, std::nullopt, std::nullopt, cosine);
+  const RowMargins row = row_margins({.parameters = margin}, cosine);
   return psi_of_cosine(cosine, margin, row).to(cosine.scalar_type());
 }
 

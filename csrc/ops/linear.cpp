@@ -9,9 +9,7 @@
 
 #include "ops/cross_entropy.h"
 #include "ops/problem.h"
-#include "sweep/chunk_plan.h"
-#include "sweep/class_sweep.h"
-#include "torchmargin/settings.h"
+#include "plan/sweep_plan.h"
 
 namespace torchmargin {
 namespace {
@@ -28,10 +26,15 @@ int64_t choose_kept_classes(const LinearProblem& problem) {
     return 0;
   }
   const at::Tensor& weight = problem.weight;
-  const DeviceKind device = weight.is_cuda() ? DeviceKind::gpu : DeviceKind::cpu;
-  const SweepSizes sizes = sweep_sizes(
-      *rows, *features, *classes, weight, device, choose_operands(device, weight.scalar_type(), problem.compute_dtype));
-  return choose_chunk_plan(sizes, workspace_limit(problem.input.device().type())).kept_classes;
+  const SweepPlan plan = make_sweep_plan(
+      {.rows = *rows,
+       .features = *features,
+       .classes = *classes,
+       .dtype = weight.scalar_type(),
+       .compute_dtype = problem.compute_dtype,
+       .weight_in_rows = has_contiguous_rows(weight)},
+      traits_of(weight.device().type()), weight.device().type());
+  return plan.chunks.kept_classes;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_margin_lse(
@@ -51,7 +54,7 @@ struct Loss {
   CrossEntropy entropy;
 };
 
-Loss linear_loss(TORCHMARGIN_LOSS_PARAMETERS) {
+Loss linear_loss(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
   constexpr std::string_view op = "linear_margin_cross_entropy";
   const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_LINEAR_ARGUMENTS);
   const CrossEntropyOptions options = make_cross_entropy_options(op, label_smoothing, ignore_index, reduction);
@@ -66,8 +69,8 @@ Loss linear_loss(TORCHMARGIN_LOSS_PARAMETERS) {
           result.other_lse, result.target_logit, result.logit_sum, target, weight.sym_size(0), problem.acc(), options)};
 }
 
-at::Tensor linear_margin_cross_entropy(TORCHMARGIN_LOSS_PARAMETERS) {
-  return linear_loss(TORCHMARGIN_LOSS_ARGUMENTS).entropy.loss;
+at::Tensor linear_margin_cross_entropy(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
+  return linear_loss(TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS).entropy.loss;
 }
 
 // Each row's logit of its own class without the margin, [B] acc; any number for an ignored row.
@@ -76,7 +79,7 @@ at::Tensor plain_target_logit(const Loss& loss) {
   const auto norms = [&](const at::Tensor& rows) {
     return at::linalg_vector_norm(rows, 2, /*dim=*/at::IntArrayRef{1}, /*keepdim=*/false, problem.acc());
   };
-  at::Tensor logit = problem.margin.scale * loss.result.target_angle.cos();
+  at::Tensor logit = problem.margins.parameters.scale * loss.result.target_angle.cos();
   const at::Tensor target = at::where(loss.entropy.valid, problem.target, at::zeros({}, problem.target.options()));
   if (!problem.normalize_input) {
     logit = logit * norms(problem.input);
@@ -89,8 +92,9 @@ at::Tensor plain_target_logit(const Loss& loss) {
 
 // The loss and means over the rows that are not ignored: B x D work beside the same sweep.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_margin_cross_entropy_statistics(
+    TORCHMARGIN_LINEAR_PARAMETERS,
     TORCHMARGIN_LOSS_PARAMETERS) {
-  const Loss loss = linear_loss(TORCHMARGIN_LOSS_ARGUMENTS);
+  const Loss loss = linear_loss(TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS);
   const at::NoGradGuard no_grad;
   const at::Tensor count = loss.entropy.valid.sum();
   const at::Tensor zero = at::zeros({}, loss.result.target_angle.options());
@@ -99,9 +103,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_margin_cross_e
   return {loss.entropy.loss, mean(loss.result.target_angle), mean(right), mean(loss.result.max_other_logit)};
 }
 
+at::Tensor margin_logits(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& given_target,
+    TORCHMARGIN_LINEAR_OPTION_PARAMETERS) {
+  check_given("margin_logits", "input", input);
+  const at::Tensor target = given_target.has_value() && given_target->defined()
+      ? *given_target
+      : at::full_symint({input.dim() > 0 ? input.sym_size(0) : 0}, -1, input.options().dtype(at::kLong));
+  return call_logits_forward(make_linear_problem("margin_logits", TORCHMARGIN_LINEAR_ARGUMENTS)).logits;
+}
+
 TORCH_LIBRARY_IMPL(torchmargin, CompositeImplicitAutograd, library) {
   library.impl("linear_margin_lse", linear_margin_lse);
   library.impl("linear_margin_cross_entropy", linear_margin_cross_entropy);
+  library.impl("margin_logits", margin_logits);
   library.impl("_linear_margin_cross_entropy_statistics", linear_margin_cross_entropy_statistics);
 }
 

@@ -1,213 +1,149 @@
-// Autograd of the private linear ops: the node of a forward calls the registered backward op,
-// the node of that one differentiates the op's formula. Forward-mode AD evaluates the formula.
-#include <ATen/Functions.h>
-#include <ATen/core/LegacyTypeDispatch.h>
+// Autograd of the private linear ops (differentiable.h): which tensors have gradients, which op is the backward, which
+// formula the derivatives of gradients come from.
+#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include "ops/autograd_node.h"
-#include "ops/double_backward.h"
+#include "ops/differentiable.h"
 #include "ops/formula.h"
 #include "ops/problem.h"
 
 namespace torchmargin {
 namespace {
 
+constexpr size_t kInputs = 5;
 constexpr size_t kTensors = 7;
 
-OptionalTensors differentiable_inputs(const LinearProblem& p) {
-  return {p.input, p.weight, p.bias, p.sample_m2, p.sample_m3};
+CallArguments arguments_of(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
+  return {{input, weight, bias, sample_m2, sample_m3}, {target, sample_margin_weight}, numbers.vec()};
 }
 
-// All tensors of a problem, and the problem again from its numbers and them.
-OptionalTensors tensors_of(const LinearProblem& p) {
-  return {p.input, p.weight, p.bias, p.sample_m2, p.sample_m3, p.target, p.sample_margin_weight};
+// The problem again, from the tensors of arguments_of() in their order.
+LinearProblem problem_of(const Tensors& tensors, const std::vector<double>& numbers) {
+  return unpack_linear_problem(
+      tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], tensors[5], tensors[6], numbers);
 }
 
-LinearProblem with_tensors(LinearProblem p, const Tensors& tensors) {
-  p.input = tensors[0];
-  p.weight = tensors[1];
-  p.bias = optional(tensors[2]);
-  p.sample_m2 = optional(tensors[3]);
-  p.sample_m3 = optional(tensors[4]);
-  if (tensors.size() >= kTensors) {
-    p.target = tensors[5];
-    p.sample_margin_weight = optional(tensors[6]);
-  }
+LinearProblem with_inputs(LinearProblem p, const Tensors& inputs) {
+  p.input = inputs[0];
+  p.weight = inputs[1];
+  p.bias = optional(inputs[2]);
+  p.margins.sample_m2 = optional(inputs[3]);
+  p.margins.sample_m3 = optional(inputs[4]);
   return p;
-}
-
-LinearProblem without_tensors(const LinearProblem& p) {
-  return with_tensors(p, Tensors(kTensors));
-}
-
-std::vector<double> numbers_of(const LinearProblem& p) {
-  std::vector<double> numbers = numbers_of(p.margin);
-  numbers.push_back(p.normalize_input);
-  numbers.push_back(p.normalize_weight);
-  numbers.push_back(static_cast<double>(p.compute_dtype.value_or(at::ScalarType::Undefined)));
-  return numbers;
-}
-
-Tensors results_of(const ForwardResult& result) {
-  return {result.other_lse, result.target_logit, result.logit_sum};
 }
 
 void take_out_unused_rows(LinearProblem& p, const OptionalTensors& upstream) {
   p.input = without_unused_rows(p.input, upstream);
-  for (auto* sample : {&p.sample_m2, &p.sample_m3, &p.sample_margin_weight}) {
-    *sample = without_unused_rows(*sample, upstream);
-  }
+  take_out_unused_rows(p.margins, upstream);
 }
 
-// The formula of the three differentiable results; rows without an upstream gradient are taken out.
-Formula lse_formula(const LinearProblem& problem, const OptionalTensors& upstream) {
-  return [=](const Tensors& inputs) {
-    LinearProblem p = with_tensors(problem, inputs);
-    take_out_unused_rows(p, upstream);
-    return results_of(linear_formula(p, /*mark_seam=*/true));
+// Formulas of the results with gradients; rows without an upstream gradient are taken out.
+Tensors lse_results(const LinearProblem& p, bool mark_seam) {
+  const ForwardResult result = linear_formula(p, mark_seam);
+  return {result.other_lse, result.target_logit, result.logit_sum};
+}
+
+Tensors logits_results(const LinearProblem& p, bool mark_seam) {
+  return {logits_formula(p, mark_seam)};
+}
+
+MakeFormula formula_of(Tensors (*results)(const LinearProblem&, bool), at::ArrayRef<double> numbers) {
+  return [results, numbers = numbers.vec()](const Tensors& saved, const OptionalTensors& upstream) -> Formula {
+    return [results, problem = problem_of(saved, numbers), upstream](const Tensors& inputs) {
+      LinearProblem p = with_inputs(problem, inputs);
+      take_out_unused_rows(p, upstream);
+      return results(p, /*mark_seam=*/true);
+    };
   };
 }
 
-Formula logits_formula_of(const LinearProblem& problem, const OptionalTensors& upstream) {
-  return [=](const Tensors& inputs) {
-    LinearProblem p = with_tensors(problem, inputs);
-    take_out_unused_rows(p, upstream);
-    return Tensors{logits_formula(p, /*mark_seam=*/true)};
-  };
-}
-
-template <size_t N>
-std::array<bool, N> first_of(const std::vector<bool>& wanted) {
-  std::array<bool, N> first{};
-  std::copy_n(wanted.begin(), N, first.begin());
+std::array<bool, kInputs> first_of(const std::vector<bool>& wanted) {
+  std::array<bool, kInputs> first{};
+  std::copy_n(wanted.begin(), kInputs, first.begin());
   return first;
 }
 
-ForwardTuple linear_margin_forward_autograd(
-    TORCHMARGIN_LINEAR_PARAMETERS,
-    std::optional<int64_t> ignore_index,
-    bool with_logit_sum,
-    int64_t kept_classes) {
-  const LinearProblem problem = make_linear_problem("_linear_margin_forward", TORCHMARGIN_LINEAR_ARGUMENTS);
-  ForwardResult result;
-  {
-    at::AutoDispatchBelowADInplaceOrView below;
-    result = call_linear_forward(problem, {ignore_index, with_logit_sum, kept_classes});
-  }
-  if (any_has_tangent(tensors_of(problem))) {
-    const ForwardResult formula = linear_formula(problem, /*mark_seam=*/false);
-    result.other_lse = formula.other_lse;
-    result.target_logit = formula.target_logit;
-    result.logit_sum = formula.logit_sum;
-  } else if (any_requires_grad(differentiable_inputs(problem))) {
-    OptionalTensors saved = tensors_of(problem);
-    saved.insert(saved.end(), {result.kept, result.inverse_norms, result.weight_sum});
-    const auto run = [numbers = without_tensors(problem)](
-                         const Tensors& grads, const Tensors& tensors, const std::vector<bool>& wanted) {
-      const Gradients gradients = call_linear_backward(
-          with_tensors(numbers, tensors),
-          {optional(grads[0]), optional(grads[1]), optional(grads[2]), /*other_lse=*/tensors[kTensors + 3],
-           /*kept=*/tensors[kTensors], /*inverse_norms=*/tensors[kTensors + 1],
-           /*weight_sum=*/tensors[kTensors + 2], first_of<5>(wanted)});
-      return Tensors(gradients.begin(), gradients.end());
-    };
-    attach_node(
-        results_of(result), differentiable_inputs(problem),
-        {"LinearMarginBackward", std::move(saved), /*saved_results=*/{0}, numbers_of(problem), run});
-  }
-  return to_tuple(result);
+Tensors to_vector(const Gradients& gradients) {
+  return Tensors(gradients.begin(), gradients.end());
 }
 
-// What both backward ops do around their call below autograd: `upstream` are the gradients they got.
-template <typename MakeFormula, typename Call>
-Gradients differentiable_gradients(
-    const char* name,
-    const LinearProblem& problem,
-    const OptionalTensors& upstream,
-    const std::array<bool, 5>& wanted,
-    MakeFormula make_formula,
-    Call call) {
-  OptionalTensors inputs = differentiable_inputs(problem);
-  const size_t count = inputs.size();
-  inputs.insert(inputs.end(), upstream.begin(), upstream.end());
-  if (any_has_tangent(inputs)) {
-    const Tensors found = formula_gradients(
-        differentiable_inputs(problem), upstream, std::vector<bool>(wanted.begin(), wanted.end()),
-        make_formula(problem, upstream));
-    Gradients gradients;
-    for (size_t i = 0; i < gradients.size(); ++i) {
-      gradients[i] = found[i].defined() ? found[i] : at::empty({0}, problem.input.options().requires_grad(false));
-    }
-    return gradients;
-  }
+Gradients to_gradients(const Tensors& found) {
   Gradients gradients;
-  {
-    at::AutoDispatchBelowADInplaceOrView below;
-    gradients = call();
-  }
-  if (any_requires_grad(inputs)) {
-    OptionalTensors saved = tensors_of(problem);
-    saved.insert(saved.end(), upstream.begin(), upstream.end());
-    const auto run = [numbers = without_tensors(problem), count, make_formula](
-                         const Tensors& grads, const Tensors& tensors, const std::vector<bool>& needed) {
-      const LinearProblem p = with_tensors(numbers, tensors);
-      OptionalTensors given;
-      for (size_t i = kTensors; i < tensors.size(); ++i) {
-        given.push_back(optional(tensors[i]));
-      }
-      return second_derivatives(
-          differentiable_inputs(p), given, Tensors(grads.begin(), grads.begin() + count), needed,
-          make_formula(p, given));
-    };
-    attach_node(
-        Tensors(gradients.begin(), gradients.end()), inputs,
-        {name, std::move(saved), /*saved_results=*/{}, numbers_of(problem), run});
-  }
+  std::copy_n(found.begin(), gradients.size(), gradients.begin());
   return gradients;
 }
 
-BackwardTuple linear_margin_backward_autograd(TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS) {
-  const LinearProblem problem = make_linear_problem("_linear_margin_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
-  return to_tuple(differentiable_gradients(
-      "LinearMarginDoubleBackward", problem, {grad_other_lse, grad_target_logit, grad_logit_sum}, wanted, lse_formula,
-      [&] {
-        return call_linear_backward(
-            problem,
-            {grad_other_lse, grad_target_logit, grad_logit_sum, other_lse, kept, inverse_norms, weight_sum, wanted});
-      }));
+ForwardTuple linear_margin_forward_autograd(
+    TORCHMARGIN_PACKED_LINEAR_PARAMETERS,
+    TORCHMARGIN_FORWARD_REQUEST_PARAMETERS) {
+  enum Place { other_lse, target_logit, logit_sum, target_angle, max_other_logit, kept, inverse_norms, weight_sum };
+  const LinearProblem problem = unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  const auto below = [&] {
+    const ForwardResult r = call_linear_forward(problem, {ignore_index, with_logit_sum, kept_classes});
+    return Tensors{r.other_lse,       r.target_logit, r.logit_sum,     r.target_angle,
+                   r.max_other_logit, r.kept,         r.inverse_norms, r.weight_sum};
+  };
+  const auto backward = [numbers = numbers.vec()](
+                            const Tensors& grads, const Tensors& saved, const std::vector<bool>& wanted) {
+    return to_vector(call_linear_backward(
+        problem_of(saved, numbers),
+        {.grad_other_lse = optional(grads[0]),
+         .grad_target_logit = optional(grads[1]),
+         .grad_logit_sum = optional(grads[2]),
+         .other_lse = saved[kTensors],
+         .kept = saved[kTensors + 1],
+         .inverse_norms = saved[kTensors + 2],
+         .weight_sum = saved[kTensors + 3],
+         .wanted = first_of(wanted)}));
+  };
+  const Tensors r = differentiable_forward(
+      "LinearMarginBackward", arguments_of(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), /*outputs=*/3,
+      {other_lse, kept, inverse_norms, weight_sum}, below, [&] { return lse_results(problem, /*mark_seam=*/false); },
+      backward);
+  return {r[other_lse],       r[target_logit], r[logit_sum],     r[target_angle],
+          r[max_other_logit], r[kept],         r[inverse_norms], r[weight_sum]};
 }
 
-std::tuple<at::Tensor, at::Tensor> margin_logits_forward_autograd(TORCHMARGIN_LINEAR_PARAMETERS) {
-  const LinearProblem problem = make_linear_problem("_margin_logits_forward", TORCHMARGIN_LINEAR_ARGUMENTS);
-  LogitsResult result;
-  {
-    at::AutoDispatchBelowADInplaceOrView below;
-    result = call_logits_forward(problem);
-  }
-  if (any_has_tangent(tensors_of(problem))) {
-    result.logits = logits_formula(problem, /*mark_seam=*/false);
-  } else if (any_requires_grad(differentiable_inputs(problem))) {
-    OptionalTensors saved = tensors_of(problem);
-    saved.emplace_back(result.inverse_norms);
-    const auto run = [numbers = without_tensors(problem)](
-                         const Tensors& grads, const Tensors& tensors, const std::vector<bool>& wanted) {
-      const Gradients gradients = call_logits_backward(
-          with_tensors(numbers, tensors), {grads[0], /*inverse_norms=*/tensors[kTensors], first_of<5>(wanted)});
-      return Tensors(gradients.begin(), gradients.end());
-    };
-    attach_node(
-        {result.logits}, differentiable_inputs(problem),
-        {"MarginLogitsBackward", std::move(saved), /*saved_results=*/{}, numbers_of(problem), run});
-  }
-  return {result.logits, result.inverse_norms};
+BackwardTuple linear_margin_backward_autograd(
+    TORCHMARGIN_PACKED_LINEAR_PARAMETERS,
+    TORCHMARGIN_BACKWARD_REQUEST_PARAMETERS) {
+  const auto below = [&] {
+    return to_vector(call_linear_backward(
+        unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), {TORCHMARGIN_BACKWARD_REQUEST_ARGUMENTS}));
+  };
+  return to_tuple(to_gradients(differentiable_backward(
+      "LinearMarginDoubleBackward", arguments_of(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), {TORCHMARGIN_UPSTREAM_ARGUMENTS},
+      {wanted.begin(), wanted.end()}, below, formula_of(lse_results, numbers))));
 }
 
-BackwardTuple margin_logits_backward_autograd(TORCHMARGIN_LOGITS_BACKWARD_PARAMETERS) {
-  const LinearProblem problem = make_linear_problem("_margin_logits_backward", TORCHMARGIN_LINEAR_ARGUMENTS);
-  return to_tuple(
-      differentiable_gradients("MarginLogitsDoubleBackward", problem, {grad_logits}, wanted, logits_formula_of, [&] {
-        return call_logits_backward(problem, {grad_logits, inverse_norms, wanted});
-      }));
+LogitsTuple margin_logits_forward_autograd(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
+  const LinearProblem problem = unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  const auto below = [&] {
+    const LogitsResult result = call_logits_forward(problem);
+    return Tensors{result.logits, result.inverse_norms};
+  };
+  const auto backward = [numbers = numbers.vec()](
+                            const Tensors& grads, const Tensors& saved, const std::vector<bool>& wanted) {
+    return to_vector(call_logits_backward(
+        problem_of(saved, numbers),
+        {.grad_logits = grads[0], .inverse_norms = saved[kTensors], .wanted = first_of(wanted)}));
+  };
+  const Tensors results = differentiable_forward(
+      "MarginLogitsBackward", arguments_of(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), /*outputs=*/1, /*keep=*/{1}, below,
+      [&] { return logits_results(problem, /*mark_seam=*/false); }, backward);
+  return {results[0], results[1]};
+}
+
+BackwardTuple margin_logits_backward_autograd(
+    TORCHMARGIN_PACKED_LINEAR_PARAMETERS,
+    TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS) {
+  const auto below = [&] {
+    return to_vector(call_logits_backward(
+        unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), {grad_logits, inverse_norms, wanted}));
+  };
+  return to_tuple(to_gradients(differentiable_backward(
+      "MarginLogitsDoubleBackward", arguments_of(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), {grad_logits},
+      {wanted.begin(), wanted.end()}, below, formula_of(logits_results, numbers))));
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, Autograd, library) {

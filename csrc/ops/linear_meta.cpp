@@ -4,17 +4,15 @@
 #include <torch/library.h>
 
 #include "ops/problem.h"
-#include "sweep/chunk_plan.h"
+#include "plan/chunk_plan.h"
 
 namespace torchmargin {
 namespace {
 
-ForwardTuple linear_margin_forward_meta(
-    TORCHMARGIN_LINEAR_PARAMETERS,
-    std::optional<int64_t> /*ignore_index*/,
-    bool with_logit_sum,
-    int64_t kept_classes) {
-  const LinearProblem problem = make_linear_problem("_linear_margin_forward", TORCHMARGIN_LINEAR_ARGUMENTS);
+ForwardTuple linear_margin_forward_meta(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TORCHMARGIN_FORWARD_REQUEST_PARAMETERS) {
+  constexpr std::string_view op = "_linear_margin_forward";
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  check_request(op, problem, ForwardRequest{ignore_index, with_logit_sum, kept_classes});
   const auto options = input.options().dtype(problem.acc());
   const auto wide = input.options().dtype(at::kDouble);
   const c10::SymInt rows = input.sym_size(0);
@@ -24,13 +22,14 @@ ForwardTuple linear_margin_forward_meta(
   };
   return to_tuple(ForwardResult{
       vector(rows, wide), vector(rows, wide), vector(rows, wide), vector(rows, options), vector(rows, options),
-      at::empty_symint({rows, kept}, options), vector(normalize_weight ? weight.sym_size(0) : c10::SymInt(0), options),
+      at::empty_symint({rows, kept}, options),
+      vector(problem.normalize_weight ? weight.sym_size(0) : c10::SymInt(0), options),
       vector(with_logit_sum ? input.sym_size(1) : c10::SymInt(0), wide)});
 }
 
 BackwardTuple gradients_meta(const LinearProblem& problem, const std::array<bool, 5>& wanted) {
   const std::array<std::optional<at::Tensor>, 5> sources{
-      problem.input, problem.weight, problem.bias, problem.sample_m2, problem.sample_m3};
+      problem.input, problem.weight, problem.bias, problem.margins.sample_m2, problem.margins.sample_m3};
   Gradients gradients;
   for (size_t i = 0; i < sources.size(); ++i) {
     gradients[i] = wanted[i] && sources[i].has_value()
@@ -40,21 +39,31 @@ BackwardTuple gradients_meta(const LinearProblem& problem, const std::array<bool
   return to_tuple(gradients);
 }
 
-BackwardTuple linear_margin_backward_meta(TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS) {
-  return gradients_meta(make_linear_problem("_linear_margin_backward", TORCHMARGIN_LINEAR_ARGUMENTS), wanted);
+BackwardTuple linear_margin_backward_meta(
+    TORCHMARGIN_PACKED_LINEAR_PARAMETERS,
+    TORCHMARGIN_BACKWARD_REQUEST_PARAMETERS) {
+  constexpr std::string_view op = "_linear_margin_backward";
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  check_request(op, problem, BackwardRequest{TORCHMARGIN_BACKWARD_REQUEST_ARGUMENTS});
+  return gradients_meta(problem, wanted);
 }
 
-std::tuple<at::Tensor, at::Tensor> margin_logits_forward_meta(TORCHMARGIN_LINEAR_PARAMETERS) {
-  const LinearProblem problem = make_linear_problem("_margin_logits_forward", TORCHMARGIN_LINEAR_ARGUMENTS);
+LogitsTuple margin_logits_forward_meta(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
+  const LinearProblem problem = make_linear_problem("_margin_logits_forward", TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
   const auto options = input.options().dtype(problem.acc());
   const c10::SymInt classes = weight.sym_size(0);
   return {
       at::empty_symint({input.sym_size(0), classes}, options),
-      at::empty_symint({normalize_weight ? classes : c10::SymInt(0)}, options)};
+      at::empty_symint({problem.normalize_weight ? classes : c10::SymInt(0)}, options)};
 }
 
-BackwardTuple margin_logits_backward_meta(TORCHMARGIN_LOGITS_BACKWARD_PARAMETERS) {
-  return gradients_meta(make_linear_problem("_margin_logits_backward", TORCHMARGIN_LINEAR_ARGUMENTS), wanted);
+BackwardTuple margin_logits_backward_meta(
+    TORCHMARGIN_PACKED_LINEAR_PARAMETERS,
+    TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS) {
+  constexpr std::string_view op = "_margin_logits_backward";
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  check_request(op, problem, LogitsBackwardRequest{grad_logits, inverse_norms, wanted});
+  return gradients_meta(problem, wanted);
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, Meta, library) {

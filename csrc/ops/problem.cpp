@@ -3,6 +3,8 @@
 #include <c10/util/Exception.h>
 
 #include "ops/find_op.h"
+#include "ops/numbers.h"
+#include "plan/chunk_plan.h"
 
 namespace torchmargin {
 namespace {
@@ -34,38 +36,109 @@ void check_compute_dtype(std::string_view op, const LinearProblem& problem) {
       ": expected compute_dtype to be float16, bfloat16 or float32, but got ", dtype);
 }
 
-} // namespace
-
-at::ScalarType LinearProblem::acc() const {
-  return acc_dtype(input.scalar_type());
+void check(std::string_view op, const LinearProblem& problem) {
+  check_parameters(op, problem.margins.parameters);
+  check_matrices(op, problem.input, problem.weight);
+  check_target(op, problem.target, problem.input);
+  if (problem.bias.has_value()) {
+    check_like_input(op, "bias", *problem.bias, problem.input);
+    TORCH_CHECK(
+        problem.bias->dim() == 1 && problem.bias->sym_size(0) == problem.weight.sym_size(0), op,
+        ": expected bias to have shape [", problem.weight.sym_size(0), "], but got ", problem.bias->sym_sizes());
+  }
+  check_margins(op, problem.margins, problem.input);
+  check_compute_dtype(op, problem);
 }
 
+// NB: all fields of a problem: a new one does not compile until it is among the tensors or the numbers.
+template <typename Problem, typename Visitor>
+void visit_numbers(Problem& problem, Visitor& visit) {
+  auto& [input, weight, target, bias, margins, normalize_input, normalize_weight, compute_dtype] = problem;
+  visit_numbers_of_margin(margins.parameters, visit);
+  visit(normalize_input);
+  visit(normalize_weight);
+  visit(compute_dtype);
+}
+
+} // namespace
+
 LinearProblem make_linear_problem(std::string_view op, TORCHMARGIN_LINEAR_PARAMETERS) {
+  const LinearProblem problem{
+      .input = input,
+      .weight = weight,
+      .target = target,
+      .bias = defined(bias),
+      .margins = make_margins(op, TORCHMARGIN_MARGINS_ARGUMENTS),
+      .normalize_input = normalize_input,
+      .normalize_weight = normalize_weight,
+      .compute_dtype = compute_dtype};
+  check(op, problem);
+  return problem;
+}
+
+LinearProblem make_linear_problem(std::string_view op, TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
+  const LinearProblem problem = unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  check(op, problem);
+  return problem;
+}
+
+LinearProblem unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
   LinearProblem problem;
   problem.input = input;
   problem.weight = weight;
   problem.target = target;
   problem.bias = defined(bias);
-  problem.sample_m2 = defined(sample_m2);
-  problem.sample_m3 = defined(sample_m3);
-  problem.sample_margin_weight = defined(sample_margin_weight);
-  problem.margin = make_margin_parameters(op, scale, m1, m2, m3, extension, margin_weight, margin_gradient);
-  problem.normalize_input = normalize_input;
-  problem.normalize_weight = normalize_weight;
-  problem.compute_dtype = compute_dtype;
-
-  check_matrices(op, input, weight);
-  check_target(op, target, input);
-  if (problem.bias.has_value()) {
-    check_like_input(op, "bias", *problem.bias, input);
-    TORCH_CHECK(
-        problem.bias->dim() == 1 && problem.bias->sym_size(0) == weight.sym_size(0), op,
-        ": expected bias to have shape [", weight.sym_size(0), "], but got ", problem.bias->sym_sizes());
-  }
-  check_samples(
-      op, input, problem.margin.margin_gradient, problem.sample_m2, problem.sample_m3, problem.sample_margin_weight);
-  check_compute_dtype(op, problem);
+  problem.margins.sample_m2 = defined(sample_m2);
+  problem.margins.sample_m3 = defined(sample_m3);
+  problem.margins.sample_margin_weight = defined(sample_margin_weight);
+  NumberReader reader(numbers);
+  visit_numbers(problem, reader);
+  reader.finish();
   return problem;
+}
+
+std::vector<double> numbers_of(const LinearProblem& problem) {
+  NumberWriter writer;
+  visit_numbers(problem, writer);
+  return std::move(writer.numbers);
+}
+
+void check_request(std::string_view op, const LinearProblem& problem, const ForwardRequest& request) {
+  TORCH_CHECK(
+      request.kept_classes >= 0 && (request.kept_classes == 0 || problem.weight.sym_size(0) >= request.kept_classes),
+      op, ": expected kept_classes in [0, ", problem.weight.sym_size(0), "], but got ", request.kept_classes);
+}
+
+namespace {
+
+void check_inverse_norms(std::string_view op, const LinearProblem& problem, const at::Tensor& inverse_norms) {
+  const c10::SymInt classes = problem.normalize_weight ? problem.weight.sym_size(0) : c10::SymInt(0);
+  check_returned(op, "inverse_norms", inverse_norms, {classes}, problem.acc());
+}
+
+} // namespace
+
+void check_request(std::string_view op, const LinearProblem& problem, const BackwardRequest& request) {
+  const c10::SymInt rows = problem.input.sym_size(0);
+  const c10::SymInt classes = problem.weight.sym_size(0);
+  check_upstream(op, "grad_other_lse", request.grad_other_lse, problem.input);
+  check_upstream(op, "grad_target_logit", request.grad_target_logit, problem.input);
+  check_upstream(op, "grad_logit_sum", request.grad_logit_sum, problem.input);
+  check_returned(op, "other_lse", request.other_lse, {rows}, at::kDouble);
+  check_inverse_norms(op, problem, request.inverse_norms);
+  TORCH_CHECK(
+      request.kept.dim() == 2 && request.kept.sym_size(0) == rows &&
+          (request.kept.sym_size(1) <= classes || request.kept.sym_size(1) == kept_columns(classes, classes)),
+      op, ": expected kept to have shape [", rows, ", at most ", classes, "], but got ", request.kept.sym_sizes());
+  check_returned(op, "kept", request.kept, request.kept.sym_sizes(), problem.acc());
+  if (request.grad_logit_sum.has_value()) {
+    check_returned(op, "weight_sum", request.weight_sum, {problem.input.sym_size(1)}, at::kDouble);
+  }
+}
+
+void check_request(std::string_view op, const LinearProblem& problem, const LogitsBackwardRequest& request) {
+  check_shape(op, "grad_logits", request.grad_logits, {problem.input.sym_size(0), problem.weight.sym_size(0)});
+  check_inverse_norms(op, problem, request.inverse_norms);
 }
 
 ForwardTuple to_tuple(const ForwardResult& r) {
@@ -77,17 +150,18 @@ BackwardTuple to_tuple(const Gradients& g) {
   return {g[0], g[1], g[2], g[3], g[4]};
 }
 
-namespace {
+LogitsTuple to_tuple(const LogitsResult& r) {
+  return {r.logits, r.inverse_norms};
+}
 
-using OptionalTensor = const std::optional<at::Tensor>&;
+namespace {
 
 // Calls a private op with a problem's arguments and `more`.
 template <typename Op, typename... More>
 auto call(const Op& op, const LinearProblem& p, const More&... more) {
   return op.call(
-      p.input, p.weight, p.target, p.bias, p.margin.scale, p.margin.m1, p.margin.m2, p.margin.m3, p.sample_m2,
-      p.sample_m3, p.sample_margin_weight, extension_name(p.margin.extension), p.margin.margin_weight,
-      margin_gradient_name(p.margin.margin_gradient), p.normalize_input, p.normalize_weight, p.compute_dtype, more...);
+      p.input, p.weight, p.bias, p.margins.sample_m2, p.margins.sample_m3, p.target, p.margins.sample_margin_weight,
+      numbers_of(p), more...);
 }
 
 Gradients to_gradients(const BackwardTuple& tuple) {
@@ -97,18 +171,18 @@ Gradients to_gradients(const BackwardTuple& tuple) {
 } // namespace
 
 ForwardResult call_linear_forward(const LinearProblem& p, const ForwardRequest& request) {
-  static const auto op = find_op<ForwardTuple(TORCHMARGIN_LINEAR_PARAMETERS, std::optional<int64_t>, bool, int64_t)>(
-      "torchmargin::_linear_margin_forward");
+  static const auto op =
+      find_op<ForwardTuple(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TORCHMARGIN_FORWARD_REQUEST_PARAMETERS)>(
+          "torchmargin::_linear_margin_forward");
   auto [other_lse, target_logit, logit_sum, target_angle, max_other_logit, kept, inverse_norms, weight_sum] =
       call(op, p, request.ignore_index, request.with_logit_sum, request.kept_classes);
   return {other_lse, target_logit, logit_sum, target_angle, max_other_logit, kept, inverse_norms, weight_sum};
 }
 
 Gradients call_linear_backward(const LinearProblem& p, const BackwardRequest& request) {
-  static const auto op = find_op<BackwardTuple(
-      TORCHMARGIN_LINEAR_PARAMETERS, OptionalTensor, OptionalTensor, OptionalTensor, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, std::array<bool, 5>)>(
-      "torchmargin::_linear_margin_backward");
+  static const auto op =
+      find_op<BackwardTuple(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TORCHMARGIN_BACKWARD_REQUEST_PARAMETERS)>(
+          "torchmargin::_linear_margin_backward");
   return to_gradients(call(
       op, p, request.grad_other_lse, request.grad_target_logit, request.grad_logit_sum, request.other_lse, request.kept,
       request.inverse_norms, request.weight_sum, request.wanted));
@@ -116,14 +190,14 @@ Gradients call_linear_backward(const LinearProblem& p, const BackwardRequest& re
 
 LogitsResult call_logits_forward(const LinearProblem& p) {
   static const auto op =
-      find_op<std::tuple<at::Tensor, at::Tensor>(TORCHMARGIN_LINEAR_PARAMETERS)>("torchmargin::_margin_logits_forward");
+      find_op<LogitsTuple(TORCHMARGIN_PACKED_LINEAR_PARAMETERS)>("torchmargin::_margin_logits_forward");
   auto [logits, inverse_norms] = call(op, p);
   return {logits, inverse_norms};
 }
 
 Gradients call_logits_backward(const LinearProblem& p, const LogitsBackwardRequest& request) {
   static const auto op =
-      find_op<BackwardTuple(TORCHMARGIN_LINEAR_PARAMETERS, const at::Tensor&, const at::Tensor&, std::array<bool, 5>)>(
+      find_op<BackwardTuple(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS)>(
           "torchmargin::_margin_logits_backward");
   return to_gradients(call(op, p, request.grad_logits, request.inverse_norms, request.wanted));
 }

@@ -1,5 +1,5 @@
-// The arguments of the linear ops, checked once and packed into one struct. Every
-// path (public op, autograd, Meta, CPU, CUDA) passes this gate before any work.
+// The arguments of the linear ops in one struct, and the only gates to it: of a public op's arguments, and of a
+// private op's, which any caller may call too. Autograd between them unpacks and does not check again.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,47 +10,11 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
+#include "ops/arguments.h"
 #include "ops/checks.h"
-#include "torchmargin/margin.h"
-
-// The arguments that all linear ops share, as the schema, as C++ parameters and as
-// a call's arguments. They are written down here and nowhere else.
-#define TORCHMARGIN_LINEAR_OPTIONS_SCHEMA                                                      \
-  "Tensor? bias=None, *, float scale=1.0, "                                                    \
-  "float m1=1.0, float m2=0.0, float m3=0.0, Tensor? sample_m2=None, Tensor? sample_m3=None, " \
-  "Tensor? sample_margin_weight=None, str extension=\"none\", float margin_weight=1.0, "       \
-  "str margin_gradient=\"exact\", bool normalize_input=True, bool normalize_weight=True, "     \
-  "ScalarType? compute_dtype=None"
-#define TORCHMARGIN_LINEAR_SCHEMA "Tensor input, Tensor weight, Tensor target, " TORCHMARGIN_LINEAR_OPTIONS_SCHEMA
-#define TORCHMARGIN_LINEAR_OPTION_PARAMETERS                                                                  \
-  const std::optional<at::Tensor>&bias, double scale, double m1, double m2, double m3,                        \
-      const std::optional<at::Tensor>&sample_m2, const std::optional<at::Tensor>&sample_m3,                   \
-      const std::optional<at::Tensor>&sample_margin_weight, std::string_view extension, double margin_weight, \
-      std::string_view margin_gradient, bool normalize_input, bool normalize_weight,                          \
-      std::optional<at::ScalarType> compute_dtype
-#define TORCHMARGIN_LINEAR_PARAMETERS \
-  const at::Tensor &input, const at::Tensor &weight, const at::Tensor &target, TORCHMARGIN_LINEAR_OPTION_PARAMETERS
-#define TORCHMARGIN_LINEAR_ARGUMENTS                                                                     \
-  input, weight, target, bias, scale, m1, m2, m3, sample_m2, sample_m3, sample_margin_weight, extension, \
-      margin_weight, margin_gradient, normalize_input, normalize_weight, compute_dtype
-
-// What the losses take beyond them.
-#define TORCHMARGIN_LOSS_SCHEMA ", float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\""
-#define TORCHMARGIN_LOSS_PARAMETERS \
-  TORCHMARGIN_LINEAR_PARAMETERS, double label_smoothing, int64_t ignore_index, std::string_view reduction
-#define TORCHMARGIN_LOSS_ARGUMENTS TORCHMARGIN_LINEAR_ARGUMENTS, label_smoothing, ignore_index, reduction
-
-// What the private backward op takes beyond them.
-#define TORCHMARGIN_LINEAR_BACKWARD_PARAMETERS                                                                       \
-  TORCHMARGIN_LINEAR_PARAMETERS, [[maybe_unused]] const std::optional<at::Tensor>&grad_other_lse,                    \
-      [[maybe_unused]] const std::optional<at::Tensor>&grad_target_logit,                                            \
-      [[maybe_unused]] const std::optional<at::Tensor>&grad_logit_sum, [[maybe_unused]] const at::Tensor &other_lse, \
-      [[maybe_unused]] const at::Tensor &kept, [[maybe_unused]] const at::Tensor &inverse_norms,                     \
-      [[maybe_unused]] const at::Tensor &weight_sum, std::array<bool, 5> wanted
-#define TORCHMARGIN_LOGITS_BACKWARD_PARAMETERS                                   \
-  TORCHMARGIN_LINEAR_PARAMETERS, [[maybe_unused]] const at::Tensor &grad_logits, \
-      [[maybe_unused]] const at::Tensor &inverse_norms, std::array<bool, 5> wanted
+#include "ops/margins.h"
 
 namespace torchmargin {
 
@@ -59,20 +23,23 @@ struct LinearProblem {
   at::Tensor weight; // [C, D], like input
   at::Tensor target; // [B], int64
   std::optional<at::Tensor> bias; // [C], like input
-  std::optional<at::Tensor> sample_m2; // [B], float64, acc or like input
-  std::optional<at::Tensor> sample_m3; // [B], float64, acc or like input
-  std::optional<at::Tensor> sample_margin_weight; // 0-dim or [B], floating, no gradient
-  MarginParameters margin;
+  Margins margins;
   bool normalize_input = true;
   bool normalize_weight = true;
   std::optional<at::ScalarType> compute_dtype;
 
   // The dtype of sums, logits and losses.
-  at::ScalarType acc() const;
+  at::ScalarType acc() const {
+    return acc_dtype(input.scalar_type());
+  }
 };
 
 // Checks every argument and packs them; errors name `op`.
 LinearProblem make_linear_problem(std::string_view op, TORCHMARGIN_LINEAR_PARAMETERS);
+LinearProblem make_linear_problem(std::string_view op, TORCHMARGIN_PACKED_LINEAR_PARAMETERS);
+// Of arguments that have been checked, or will be.
+LinearProblem unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_PARAMETERS);
+std::vector<double> numbers_of(const LinearProblem& problem);
 
 // What the private forward op adds to the problem.
 struct ForwardRequest {
@@ -119,12 +86,19 @@ struct LogitsBackwardRequest {
   std::array<bool, 5> wanted{}; // as BackwardRequest::wanted
 };
 
+// The gates of what the private ops are given beside the problem.
+void check_request(std::string_view op, const LinearProblem& problem, const ForwardRequest& request);
+void check_request(std::string_view op, const LinearProblem& problem, const BackwardRequest& request);
+void check_request(std::string_view op, const LinearProblem& problem, const LogitsBackwardRequest& request);
+
 // What the operators return to the dispatcher.
 using ForwardTuple =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using BackwardTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using LogitsTuple = std::tuple<at::Tensor, at::Tensor>;
 ForwardTuple to_tuple(const ForwardResult& result);
 BackwardTuple to_tuple(const Gradients& gradients);
+LogitsTuple to_tuple(const LogitsResult& result);
 
 // The private ops, called through the dispatcher.
 ForwardResult call_linear_forward(const LinearProblem& problem, const ForwardRequest& request);

@@ -13,8 +13,8 @@
 #include <limits>
 #include <tuple>
 
-#include "ops/autograd_node.h"
 #include "ops/cross_entropy.h"
+#include "ops/differentiable.h"
 #include "ops/find_op.h"
 
 // The arguments of both ops, as C++ parameters and as a call's arguments.
@@ -76,31 +76,17 @@ GradientTuple call_row_loss_backward(TORCHMARGIN_ROW_LOSS_BACKWARD_PARAMETERS) {
 }
 
 at::Tensor row_loss_autograd(TORCHMARGIN_ROW_LOSS_PARAMETERS) {
-  const OptionalTensors inputs{other_lse, target_logit, mean_logit};
-  if (any_has_tangent(inputs)) {
-    return row_loss_formula(TORCHMARGIN_ROW_LOSS_ARGUMENTS);
-  }
-  at::Tensor loss;
-  {
-    at::AutoDispatchBelowADInplaceOrView below;
-    loss = call_row_loss(TORCHMARGIN_ROW_LOSS_ARGUMENTS);
-  }
-  if (any_requires_grad(inputs)) {
-    const auto run = [label_smoothing, ignore_index](
-                         const Tensors& grads, const Tensors& saved, const std::vector<bool>&) {
-      auto [other, own, mean] =
-          call_row_loss_backward(grads[0], saved[0], saved[1], saved[2], label_smoothing, ignore_index);
-      return Tensors{other, own, mean};
-    };
-    attach_node(
-        {loss}, inputs,
-        {"MarginRowLossBackward",
-         {other_lse, target_logit, target},
-         /*saved_results=*/{},
-         {label_smoothing, static_cast<double>(ignore_index)},
-         run});
-  }
-  return loss;
+  const auto backward = [label_smoothing, ignore_index](
+                            const Tensors& grads, const Tensors& saved, const std::vector<bool>&) {
+    auto [other, own, mean] =
+        call_row_loss_backward(grads[0], saved[0], saved[1], saved[3], label_smoothing, ignore_index);
+    return Tensors{other, own, mean};
+  };
+  return differentiable_forward(
+      "MarginRowLossBackward",
+      {{other_lse, target_logit, mean_logit}, {target}, {label_smoothing, static_cast<double>(ignore_index)}},
+      /*outputs=*/1, /*keep=*/{}, [&] { return Tensors{call_row_loss(TORCHMARGIN_ROW_LOSS_ARGUMENTS)}; },
+      [&] { return Tensors{row_loss_formula(TORCHMARGIN_ROW_LOSS_ARGUMENTS)}; }, backward)[0];
 }
 
 GradientTuple row_loss_backward_autograd(TORCHMARGIN_ROW_LOSS_BACKWARD_PARAMETERS) {

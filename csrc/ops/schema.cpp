@@ -2,8 +2,7 @@
 // they stand.
 #include <torch/library.h>
 
-#include "ops/cosine_problem.h"
-#include "ops/problem.h"
+#include "ops/arguments.h"
 
 TORCH_LIBRARY(torchmargin, library) {
   library.def(
@@ -13,7 +12,7 @@ TORCH_LIBRARY(torchmargin, library) {
   library.def("margin_logits(Tensor input, Tensor weight, Tensor? target=None, " TORCHMARGIN_LINEAR_OPTIONS_SCHEMA
               ") -> Tensor");
   library.def("margin_cross_entropy(" TORCHMARGIN_COSINE_SCHEMA TORCHMARGIN_LOSS_SCHEMA ") -> Tensor");
-  library.def("margin_transform(Tensor cosine, *, " TORCHMARGIN_MARGIN_SCHEMA ") -> Tensor");
+  library.def("margin_transform(" TORCHMARGIN_TRANSFORM_SCHEMA ") -> Tensor");
   // Private: the loss with what the modules report of a batch, 0-dim each.
   library.def("_linear_margin_cross_entropy_statistics(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_LOSS_SCHEMA
               ") -> (Tensor loss, Tensor target_angle, Tensor accuracy, Tensor hardest_negative_logit)");
@@ -26,26 +25,24 @@ TORCH_LIBRARY(torchmargin, library) {
       "float label_smoothing, int ignore_index) -> (Tensor grad_other_lse, Tensor grad_target_logit, "
       "Tensor grad_mean_logit)");
   // Private: the forward with what its backward needs, and that backward. See ops/problem.h.
-  library.def("_linear_margin_forward(" TORCHMARGIN_LINEAR_SCHEMA
-              ", int? ignore_index=None, bool with_logit_sum=True, int kept_classes=0) -> (Tensor other_lse, "
-              "Tensor target_logit, Tensor logit_sum, Tensor target_angle, Tensor max_other_logit, "
-              "Tensor kept, Tensor inverse_norms, Tensor weight_sum)");
-  library.def("_linear_margin_backward(" TORCHMARGIN_LINEAR_SCHEMA
-              ", Tensor? grad_other_lse, Tensor? grad_target_logit, Tensor? grad_logit_sum, Tensor other_lse, "
-              "Tensor kept, Tensor inverse_norms, Tensor weight_sum, bool[5] wanted) -> (Tensor grad_input, "
-              "Tensor grad_weight, Tensor grad_bias, Tensor grad_sample_m2, Tensor grad_sample_m3)");
-  library.def("_margin_logits_forward(" TORCHMARGIN_LINEAR_SCHEMA ") -> (Tensor logits, Tensor inverse_norms)");
-  library.def("_margin_logits_backward(" TORCHMARGIN_LINEAR_SCHEMA
-              ", Tensor grad_logits, Tensor inverse_norms, bool[5] wanted) -> (Tensor grad_input, Tensor grad_weight, "
-              "Tensor grad_bias, Tensor grad_sample_m2, Tensor grad_sample_m3)");
+  library.def("_linear_margin_forward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA TORCHMARGIN_FORWARD_REQUEST_SCHEMA
+              ") -> (Tensor other_lse, Tensor target_logit, Tensor logit_sum, Tensor target_angle, "
+              "Tensor max_other_logit, Tensor kept, Tensor inverse_norms, Tensor weight_sum)");
+  library.def("_linear_margin_backward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA TORCHMARGIN_BACKWARD_REQUEST_SCHEMA
+              ") -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_sample_m2, "
+              "Tensor grad_sample_m3)");
+  library.def("_margin_logits_forward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA ") -> (Tensor logits, Tensor inverse_norms)");
+  library.def("_margin_logits_backward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA TORCHMARGIN_LOGITS_BACKWARD_REQUEST_SCHEMA
+              ") -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_sample_m2, "
+              "Tensor grad_sample_m3)");
   // The same for given cosines. See ops/cosine_problem.h.
-  library.def("_margin_cosine_forward(" TORCHMARGIN_COSINE_SCHEMA
-              ", int? ignore_index=None, bool with_logit_sum=True) -> (Tensor other_lse, Tensor target_logit, "
+  library.def("_margin_cosine_forward(" TORCHMARGIN_PACKED_COSINE_SCHEMA
+              ", int? ignore_index, bool with_logit_sum) -> (Tensor other_lse, Tensor target_logit, "
               "Tensor logit_sum)");
-  library.def("_margin_cosine_backward(" TORCHMARGIN_COSINE_SCHEMA
-              ", Tensor? grad_other_lse, Tensor? grad_target_logit, Tensor? grad_logit_sum, Tensor other_lse, "
-              "bool[3] wanted) -> (Tensor grad_cosine, Tensor grad_sample_m2, Tensor grad_sample_m3)");
-  library.def("_margin_transform_backward(Tensor grad, Tensor cosine, *, " TORCHMARGIN_MARGIN_SCHEMA ") -> Tensor");
+  library.def("_margin_cosine_backward(" TORCHMARGIN_PACKED_COSINE_SCHEMA TORCHMARGIN_COSINE_BACKWARD_REQUEST_SCHEMA
+              ") -> (Tensor grad_cosine, Tensor grad_sample_m2, Tensor grad_sample_m3)");
+  library.def("_margin_transform_forward(Tensor cosine, float[] numbers) -> Tensor");
+  library.def("_margin_transform_backward(Tensor grad, Tensor cosine, float[] numbers) -> Tensor");
   // A stateful loss's state under activation checkpointing. See ops/recall_state.cpp.
   library.def(
       "_recall_state(Tensor(a!) log, Tensor key, Tensor state) -> (Tensor state_then, Tensor fresh)",

@@ -112,7 +112,7 @@ class BackwardSweep {
         input_.emplace(loop_);
       }
     }
-    weight_factor_ = upstream_.other_lse * problem_.margin.scale;
+    weight_factor_ = upstream_.other_lse * problem_.margins.parameters.scale;
     operand_scale_ = grad_logits_.has_value() ? loop_.double_zeros({1}).fill_(1.0)
                                               : choose_operand_scale(loop_, upstream_, weight_factor_, want_bias_);
     weight_products_scale_ = operand_scale_ * loop_.operands().softmax_scale;
@@ -202,14 +202,14 @@ class BackwardSweep {
   }
 
   void finish_chunk(Range classes, const at::Tensor& weight, const at::Tensor& products) {
-    const bool gpu = kernels_.device == DeviceKind::gpu; // reads and writes the weight's dtype
-    const bool in_place = sizes_.widen_gradients && !gpu;
+    const bool any_rows = kernels_.traits.reads_any_rows;
+    const bool in_place = sizes_.widen_gradients && !any_rows;
     const at::Tensor to = !want_weight_ || in_place ? products : rows_of(grad_weight_, classes);
     kernels_.finish_classes(
         {loop_.context(), upstream_.pointers(), classes.begin, classes.count, pointer(products),
          want_weight_ ? products.stride(0) : 0,
-         /*products_lack_norms=*/loop_.operands().unit && problem_.normalize_weight, pointer(to),
-         raw_matrix(gpu ? rows_of(problem_.weight, classes) : weight),
+         /*products_lack_norms=*/loop_.operands().unit_vectors && problem_.normalize_weight, pointer(to),
+         raw_matrix(any_rows ? rows_of(problem_.weight, classes) : weight),
          problem_.normalize_weight ? rows_of(request_.inverse_norms, classes).data_ptr() : nullptr,
          want_bias_ ? rows_of(bias_products_, classes).data_ptr() : nullptr, weight_products_scale_.data_ptr<double>(),
          pointer<double>(input_sum_), pointer<double>(logit_sum_total_), pointer<int64_t>(sorted_target_),
@@ -237,8 +237,8 @@ class BackwardSweep {
     const auto sample_gradient = [&](size_t index, const std::optional<at::Tensor>& sample) {
       return request_.wanted[index] && sample.has_value() ? loop_.double_zeros({sizes_.rows}) : at::Tensor();
     };
-    const at::Tensor grad_m2 = sample_gradient(3, problem_.sample_m2);
-    const at::Tensor grad_m3 = sample_gradient(4, problem_.sample_m3);
+    const at::Tensor grad_m2 = sample_gradient(3, problem_.margins.sample_m2);
+    const at::Tensor grad_m3 = sample_gradient(4, problem_.margins.sample_m3);
     const at::Tensor input_products = want_input_ ? sum_input_products() : at::Tensor();
     at::Tensor input_products_scale = loop_.double_zeros({1}).fill_(loop_.operands().softmax_scale);
     if (loop_.weight_scale().defined()) {
@@ -254,8 +254,8 @@ class BackwardSweep {
     };
     return {
         returned(input_products, problem_.input), returned(grad_weight_, problem_.weight),
-        returned(bias_products_, problem_.bias), returned(grad_m2, problem_.sample_m2),
-        returned(grad_m3, problem_.sample_m3)};
+        returned(bias_products_, problem_.bias), returned(grad_m2, problem_.margins.sample_m2),
+        returned(grad_m3, problem_.margins.sample_m3)};
   }
 
   const LinearProblem& problem_;
@@ -284,37 +284,9 @@ class BackwardSweep {
   at::Tensor sorted_target_, sorted_row_; // [B]
 };
 
-// The private op may be called with anything.
-void check_request(const LinearProblem& problem, const BackwardRequest& request) {
-  constexpr std::string_view op = "_linear_margin_backward";
-  const int64_t rows = problem.input.size(0);
-  const int64_t classes = problem.weight.size(0);
-  check_shape(op, "grad_other_lse", request.grad_other_lse, {rows});
-  check_shape(op, "grad_target_logit", request.grad_target_logit, {rows});
-  check_shape(op, "grad_logit_sum", request.grad_logit_sum, {rows});
-  check_shape(op, "other_lse", request.other_lse, {rows});
-  check_shape(op, "inverse_norms", request.inverse_norms, {problem.normalize_weight ? classes : 0});
-  const int64_t kept = request.kept.dim() == 2 ? request.kept.size(1) : -1;
-  TORCH_CHECK(
-      request.kept.dim() == 2 && request.kept.size(0) == rows &&
-          (kept <= classes || kept == kept_columns(classes, classes)),
-      op, ": expected kept to have shape [", rows, ", at most ", classes, "], but got ", request.kept.sizes());
-  if (request.grad_logit_sum.has_value()) {
-    check_shape(op, "weight_sum", request.weight_sum, {problem.input.size(1)});
-  }
-  for (const auto& [tensor, dtype] :
-       {std::pair{&request.other_lse, at::kDouble}, std::pair{&request.kept, problem.acc()},
-        std::pair{&request.inverse_norms, problem.acc()}}) {
-    TORCH_CHECK(
-        tensor->scalar_type() == dtype, op, ": expected the forward's results as it returned them, in ", dtype,
-        ", but got ", tensor->scalar_type());
-  }
-}
-
 } // namespace
 
 Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& request, const SweepKernels& kernels) {
-  check_request(problem, request);
   BackwardRequest contiguous = request;
   for (at::Tensor* tensor :
        {&contiguous.other_lse, &contiguous.kept, &contiguous.inverse_norms, &contiguous.weight_sum}) {
@@ -325,13 +297,6 @@ Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& re
 
 Gradients
 sweep_logits_backward(const LinearProblem& problem, const LogitsBackwardRequest& request, const SweepKernels& kernels) {
-  constexpr std::string_view op = "_margin_logits_backward";
-  const int64_t classes = problem.weight.size(0);
-  check_shape(op, "grad_logits", request.grad_logits, {problem.input.size(0), classes});
-  check_shape(op, "inverse_norms", request.inverse_norms, {problem.normalize_weight ? classes : 0});
-  TORCH_CHECK(
-      request.inverse_norms.scalar_type() == problem.acc(), op,
-      ": expected inverse_norms as the forward returned them, but got ", request.inverse_norms.scalar_type());
   const at::TensorOptions options = problem.input.options().dtype(problem.acc());
   const BackwardRequest backward{
       std::nullopt,

@@ -1,7 +1,6 @@
 #include "sweep/class_loop.h"
 
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <c10/util/Exception.h>
 
@@ -11,15 +10,13 @@
 
 #include "sweep/class_sweep.h"
 #include "sweep/raw.h"
-#include "torchmargin/settings.h"
 
 namespace torchmargin {
 namespace {
 
 // Can a product of such operands read these rows as they are?
 bool reads_in_place(const at::Tensor& matrix, const OperandFormat& operands) {
-  return !operands.unit && matrix.scalar_type() == operands.dtype && matrix.stride(1) == 1 &&
-      matrix.stride(0) >= matrix.size(1);
+  return !operands.unit_vectors && matrix.scalar_type() == operands.dtype && has_contiguous_rows(matrix);
 }
 
 // The largest power of two that brings every row of the weight to a norm of at most 1, [1] float64.
@@ -39,7 +36,7 @@ at::Tensor unit_power_of_two(const ClassLoop& loop) {
 
 // scale * log2(e) + log2(C) < 127, and no exp(-scale) below the smallest normal number.
 bool sums_are_bounded(const LinearProblem& problem) {
-  const double scale = problem.margin.scale;
+  const double scale = problem.margins.parameters.scale;
   return problem.normalize_input && problem.normalize_weight && !problem.bias.has_value() && scale <= 71.0 &&
       scale * 1.4426950408889634 + std::log2(static_cast<double>(problem.weight.size(0))) < 127.0;
 }
@@ -54,49 +51,30 @@ at::Tensor columns_of(const at::Tensor& matrix, Range columns) {
   return matrix.narrow(1, columns.begin, columns.count);
 }
 
-SweepSizes sweep_sizes(
-    int64_t rows,
-    int64_t features,
-    int64_t classes,
-    const at::Tensor& weight,
-    DeviceKind device,
-    const OperandFormat& operands) {
-  const at::ScalarType acc = acc_dtype(weight.scalar_type());
-  const bool cpu = device == DeviceKind::cpu;
-  return {
-      rows,
-      features,
-      classes,
-      static_cast<int64_t>(c10::elementSize(acc)),
-      static_cast<int64_t>(c10::elementSize(operands.dtype)),
-      /*convert_weight=*/!reads_in_place(weight, operands),
-      /*widen_gradients=*/weight.scalar_type() != acc,
-      /*threads=*/cpu && !at::in_parallel_region() ? at::get_num_threads() : 1,
-      /*preferred=*/cpu ? kCpuTile : kGpuTile};
-}
-
 ClassLoop::ClassLoop(const LinearProblem& problem, const SweepKernels& kernels, Operands operands)
     : problem_(problem),
       kernels_(kernels),
       options_(problem.input.options().dtype(problem.acc()).requires_grad(false)),
       target_(problem.target.contiguous()),
-      operands_(
-          operands == Operands::wide
-              ? wide_operands(problem.weight.scalar_type())
-              : choose_operands(kernels.device, problem.weight.scalar_type(), problem.compute_dtype)),
+      plan_(make_sweep_plan(
+          {.rows = problem.input.size(0),
+           .features = problem.input.size(1),
+           .classes = problem.weight.size(0),
+           .dtype = problem.weight.scalar_type(),
+           .compute_dtype = problem.compute_dtype,
+           .weight_in_rows = has_contiguous_rows(problem.weight),
+           .wide = operands == Operands::wide},
+          kernels.traits,
+          problem.input.device().type())),
       bounded_(sums_are_bounded(problem)) {
-  sizes_ = sweep_sizes(
-      problem.input.size(0), problem.input.size(1), problem.weight.size(0), problem.weight, kernels.device, operands_);
-  const int64_t limit = workspace_limit(problem.input.device().type());
-  plan_ = choose_chunk_plan(sizes_, limit);
   TORCH_CHECK(
-      plan_.fits, "torchmargin: the workspace limit of ", limit, " bytes is too small for a problem with ", sizes_.rows,
-      " rows, ", sizes_.features, " features and ", sizes_.classes, " classes in ", problem.input.scalar_type(),
-      "; it needs at least ", plan_.scratch_bytes, " bytes");
+      plan().fits, "torchmargin: the workspace limit of ", plan_.limit, " bytes is too small for a problem with ",
+      sizes().rows, " rows, ", sizes().features, " features and ", sizes().classes, " classes in ",
+      problem.input.scalar_type(), "; it needs at least ", plan().scratch_bytes, " bytes");
   if (problem.bias.has_value()) {
     bias_ = problem.bias->to(acc()).contiguous();
   }
-  if (operands_.unit && !problem.normalize_weight) {
+  if (this->operands().unit_vectors && !problem.normalize_weight) {
     weight_scale_ = unit_power_of_two(*this);
   }
 }
@@ -116,8 +94,8 @@ at::Tensor ClassLoop::double_zeros(at::IntArrayRef shape) const {
 }
 
 at::Tensor ClassLoop::weight_buffer() const {
-  return sizes_.convert_weight ? empty({plan_.class_chunk, sizes_.padded(sizes_.features)}, operands_.dtype)
-                               : at::Tensor();
+  return sizes().convert_weight ? empty({plan().class_chunk, sizes().padded(sizes().features)}, operands().dtype)
+                                : at::Tensor();
 }
 
 at::Tensor ClassLoop::load_weight(
@@ -128,9 +106,9 @@ at::Tensor ClassLoop::load_weight(
   const at::Tensor chunk = rows_of(problem_.weight, classes);
   at::Tensor rows = chunk; // what the kernel reads
   at::Tensor operand = chunk;
-  if (sizes_.convert_weight) {
-    operand = columns_of(rows_of(buffer, {0, classes.count}), {0, sizes_.features});
-    if (kernels_.device == DeviceKind::cpu) {
+  if (sizes().convert_weight) {
+    operand = columns_of(rows_of(buffer, {0, classes.count}), {0, sizes().features});
+    if (!kernels_.traits.reads_any_rows) {
       rows = operand.copy_(chunk);
     }
   }
@@ -141,21 +119,21 @@ at::Tensor ClassLoop::load_weight(
   TORCH_INTERNAL_ASSERT(weight_sum == nullptr || norms != nullptr || !problem_.normalize_weight);
   if (converts || norms != nullptr || weight_sum != nullptr) {
     kernels_.load_rows(
-        {raw_matrix(rows), classes.count, sizes_.features, problem_.normalize_weight,
-         converts ? operand.data_ptr() : nullptr, operands_.dtype, operand.stride(0),
-         operands_.unit && problem_.normalize_weight, /*row_factor=*/nullptr, pointer<double>(weight_scale_), norms,
-         weight_sum},
+        {raw_matrix(rows), classes.count, sizes().features, problem_.normalize_weight,
+         converts ? operand.data_ptr() : nullptr, operands().dtype, operand.stride(0),
+         operands().unit_vectors && problem_.normalize_weight, /*row_factor=*/nullptr, pointer<double>(weight_scale_),
+         norms, weight_sum},
         acc());
   }
   return operand;
 }
 
 at::Tensor ClassLoop::tile_buffer(at::ScalarType dtype) const {
-  return empty({plan_.row_tile * sizes_.padded(plan_.class_chunk)}, dtype);
+  return empty({plan().row_tile * sizes().padded(plan().class_chunk)}, dtype);
 }
 
 at::Tensor ClassLoop::tile_in(const at::Tensor& buffer, Range rows, Range classes) const {
-  return buffer.as_strided({rows.count, classes.count}, {sizes_.padded(classes.count), 1});
+  return buffer.as_strided({rows.count, classes.count}, {sizes().padded(classes.count), 1});
 }
 
 TargetContext ClassLoop::context() const {
@@ -163,15 +141,15 @@ TargetContext ClassLoop::context() const {
       raw_matrix(problem_.input),
       raw_matrix(problem_.weight),
       pointer<int64_t>(target_),
-      sizes_.features,
-      sizes_.classes,
-      problem_.margin,
+      sizes().features,
+      sizes().classes,
+      problem_.margins.parameters,
       problem_.normalize_input,
       problem_.normalize_weight,
       raw_vector(problem_.bias),
-      raw_vector(problem_.sample_m2),
-      raw_vector(problem_.sample_m3),
-      raw_vector(problem_.sample_margin_weight)};
+      raw_vector(problem_.margins.sample_m2),
+      raw_vector(problem_.margins.sample_m3),
+      raw_vector(problem_.margins.sample_margin_weight)};
 }
 
 LogitsTile ClassLoop::describe(
@@ -187,21 +165,21 @@ LogitsTile ClassLoop::describe(
       classes.count,
       classes.begin,
       target_.data_ptr<int64_t>() + rows.begin,
-      problem_.margin.scale,
+      problem_.margins.parameters.scale,
       row_factors.defined() ? rows_of(row_factors, rows).data_ptr() : nullptr,
       pointer(class_factors(classes, inverse_norms)),
       bias_.has_value() ? rows_of(*bias_, classes).data_ptr() : nullptr};
 }
 
 at::Tensor ClassLoop::class_factors(Range classes, const at::Tensor& inverse_norms) const {
-  return problem_.normalize_weight && !operands_.unit ? rows_of(inverse_norms, classes) : at::Tensor();
+  return problem_.normalize_weight && !operands().unit_vectors ? rows_of(inverse_norms, classes) : at::Tensor();
 }
 
 RowOperand::RowOperand(const ClassLoop& loop)
     : RowOperand(
           loop,
           // bfloat16 goes in as it is; row_factors() has the rest.
-          loop.operands().unit || (loop.problem().normalize_input && loop.operands().dtype == loop.acc()),
+          loop.operands().unit_vectors || (loop.problem().normalize_input && loop.operands().dtype == loop.acc()),
           /*factor=*/nullptr,
           /*operand_scale=*/nullptr) {}
 
@@ -240,7 +218,7 @@ at::Tensor RowOperand::tile(Range rows) const {
 
 void RowOperand::load(Range rows, const at::Tensor& to) const {
   at::Tensor from = rows_of(loop_.problem().input, rows);
-  if (loop_.kernels().device == DeviceKind::cpu) {
+  if (!loop_.kernels().traits.reads_any_rows) {
     from = to.copy_(from);
   }
   loop_.kernels().load_rows(
@@ -255,7 +233,7 @@ at::Tensor input_inverse_norms(const ClassLoop& loop, const double* factor, doub
   const at::Tensor norms = loop.empty({loop.sizes().rows});
   loop.for_each_tile([&](Range rows) {
     at::Tensor from = rows_of(p.input, rows);
-    if (loop.kernels().device == DeviceKind::cpu) {
+    if (!loop.kernels().traits.reads_any_rows) {
       from = from.to(loop.acc()).contiguous();
     }
     loop.kernels().load_rows(
@@ -270,7 +248,7 @@ at::Tensor input_inverse_norms(const ClassLoop& loop, const double* factor, doub
 
 at::Tensor row_factors(const ClassLoop& loop) {
   const LinearProblem& p = loop.problem();
-  if (!loop.operands().unit) {
+  if (!loop.operands().unit_vectors) {
     const bool raw = p.normalize_input && loop.operands().dtype != loop.acc();
     return raw ? input_inverse_norms(loop) : at::Tensor();
   }

@@ -9,7 +9,7 @@
 #include <optional>
 
 #include "ops/problem.h"
-#include "sweep/chunk_plan.h"
+#include "plan/sweep_plan.h"
 #include "sweep/kernels.h"
 #include "sweep/raw.h"
 
@@ -40,16 +40,16 @@ class ClassLoop {
     return kernels_;
   }
   const SweepSizes& sizes() const {
-    return sizes_;
+    return plan_.sizes;
   }
   const ChunkPlan& plan() const {
-    return plan_;
+    return plan_.chunks;
   }
   at::ScalarType acc() const {
     return problem_.acc();
   }
   const OperandFormat& operands() const {
-    return operands_;
+    return plan_.operands;
   }
   // [B] int64, contiguous.
   const at::Tensor& target() const {
@@ -76,13 +76,13 @@ class ClassLoop {
   template <typename Body>
   void for_each_chunk(int64_t kept_classes, Body body) const {
     const at::ThreadLocalState state; // other lanes run on other threads
-    kernels_.run_lanes(plan_.lanes, [&](int64_t lane) {
+    kernels_.run_lanes(plan().lanes, [&](int64_t lane) {
       const at::ThreadLocalStateGuard guard(state);
       int64_t chunk = 0;
-      for (int64_t begin = 0; begin < sizes_.classes; ++chunk) {
-        const int64_t end = begin < kept_classes ? kept_classes : sizes_.classes;
-        const int64_t count = std::min(plan_.class_chunk, end - begin);
-        if (chunk % plan_.lanes == lane) {
+      for (int64_t begin = 0; begin < sizes().classes; ++chunk) {
+        const int64_t end = begin < kept_classes ? kept_classes : sizes().classes;
+        const int64_t count = std::min(plan().class_chunk, end - begin);
+        if (chunk % plan().lanes == lane) {
           body(lane, Range{begin, count});
         }
         begin += count;
@@ -93,8 +93,8 @@ class ClassLoop {
   // Calls body(rows) for each tile.
   template <typename Body>
   void for_each_tile(Body body) const {
-    for (int64_t begin = 0; begin < sizes_.rows; begin += plan_.row_tile) {
-      body(Range{begin, std::min(plan_.row_tile, sizes_.rows - begin)});
+    for (int64_t begin = 0; begin < sizes().rows; begin += plan().row_tile) {
+      body(Range{begin, std::min(plan().row_tile, sizes().rows - begin)});
     }
   }
 
@@ -135,9 +135,7 @@ class ClassLoop {
   const SweepKernels& kernels_;
   at::TensorOptions options_;
   at::Tensor target_;
-  SweepSizes sizes_;
-  OperandFormat operands_;
-  ChunkPlan plan_;
+  SweepPlan plan_;
   bool bounded_ = false;
   std::optional<at::Tensor> bias_;
   at::Tensor weight_scale_;

@@ -4,19 +4,9 @@
 #pragma once
 
 #include "ops/problem.h"
-#include "sweep/chunk_plan.h"
 #include "sweep/kernels.h"
 
 namespace torchmargin {
-
-// What the plan needs to know of a problem. `weight` tells dtype and strides.
-SweepSizes sweep_sizes(
-    int64_t rows,
-    int64_t features,
-    int64_t classes,
-    const at::Tensor& weight,
-    DeviceKind device,
-    const OperandFormat& operands);
 
 // The private forward op: see ForwardResult.
 ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& request, const SweepKernels& kernels);

@@ -12,8 +12,13 @@ namespace {
 // The target is made contiguous by the caller, who keeps it alive.
 CosineContext context_of(const CosineProblem& p, const at::Tensor& target) {
   return {
-      raw_matrix(p.cosine),    pointer<int64_t>(target),          p.cosine.size(1), p.margin, raw_vector(p.sample_m2),
-      raw_vector(p.sample_m3), raw_vector(p.sample_margin_weight)};
+      raw_matrix(p.cosine),
+      pointer<int64_t>(target),
+      p.cosine.size(1),
+      p.margins.parameters,
+      raw_vector(p.margins.sample_m2),
+      raw_vector(p.margins.sample_m3),
+      raw_vector(p.margins.sample_margin_weight)};
 }
 
 } // namespace
@@ -33,14 +38,6 @@ CosineResult cosine_pass(const CosineProblem& problem, bool with_logit_sum, cons
 CosineGradients
 cosine_backward_pass(const CosineProblem& problem, const CosineBackwardRequest& request, const CosineKernels& kernels) {
   const int64_t rows = problem.cosine.size(0);
-  constexpr std::string_view op = "_margin_cosine_backward";
-  check_shape(op, "grad_other_lse", request.grad_other_lse, {rows});
-  check_shape(op, "grad_target_logit", request.grad_target_logit, {rows});
-  check_shape(op, "grad_logit_sum", request.grad_logit_sum, {rows});
-  check_shape(op, "other_lse", request.other_lse, {rows});
-  TORCH_CHECK(
-      request.other_lse.scalar_type() == at::kDouble, op, ": expected other_lse to be Double, but got ",
-      request.other_lse.scalar_type());
   const at::TensorOptions wide = problem.cosine.options().dtype(at::kDouble);
   const auto widen = [&](const std::optional<at::Tensor>& grad) {
     return grad.has_value() && grad->defined() ? grad->to(at::kDouble).contiguous() : at::zeros({rows}, wide);
@@ -55,8 +52,8 @@ cosine_backward_pass(const CosineProblem& problem, const CosineBackwardRequest& 
   };
   const at::Tensor grad_cosine =
       request.wanted[0] ? at::empty(problem.cosine.sizes(), problem.cosine.options()) : at::Tensor();
-  const at::Tensor grad_m2 = sample_gradient(1, problem.sample_m2);
-  const at::Tensor grad_m3 = sample_gradient(2, problem.sample_m3);
+  const at::Tensor grad_m2 = sample_gradient(1, problem.margins.sample_m2);
+  const at::Tensor grad_m3 = sample_gradient(2, problem.margins.sample_m3);
   kernels.backward(
       {context_of(problem, target), other_lse.data_ptr<double>(), pointer<double>(g_o), pointer<double>(g_t),
        pointer<double>(g_z), pointer(grad_cosine), pointer<double>(grad_m2), pointer<double>(grad_m3)},
@@ -65,8 +62,8 @@ cosine_backward_pass(const CosineProblem& problem, const CosineBackwardRequest& 
     return gradient.defined() ? gradient.to(of->scalar_type()) : at::empty({0}, problem.cosine.options());
   };
   return {
-      returned(grad_cosine, problem.cosine), returned(grad_m2, problem.sample_m2),
-      returned(grad_m3, problem.sample_m3)};
+      returned(grad_cosine, problem.cosine), returned(grad_m2, problem.margins.sample_m2),
+      returned(grad_m3, problem.margins.sample_m3)};
 }
 
 at::Tensor transform_pass(
@@ -76,7 +73,6 @@ at::Tensor transform_pass(
     const CosineKernels& kernels) {
   at::Tensor upstream;
   if (grad.has_value()) {
-    check_shape("_margin_transform_backward", "grad", *grad, cosine.sizes());
     upstream = grad->to(cosine.scalar_type()).contiguous();
   }
   const at::Tensor from = cosine.contiguous();

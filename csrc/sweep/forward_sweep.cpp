@@ -2,7 +2,6 @@
 // it into a small workspace (or to where it is kept for the backward pass), one fused pass
 // over that. Nothing of size B x C exists.
 #include <ATen/Functions.h>
-#include <c10/util/Exception.h>
 
 #include <limits>
 #include <vector>
@@ -36,9 +35,6 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
   const ClassLoop loop(problem, kernels);
   const SweepSizes& sizes = loop.sizes();
   const int64_t lane_count = loop.plan().lanes;
-  TORCH_CHECK(
-      request.kept_classes >= 0 && request.kept_classes <= sizes.classes,
-      "_linear_margin_forward: expected kept_classes in [0, ", sizes.classes, "], but got ", request.kept_classes);
 
   ForwardResult result;
   result.kept = loop.empty({sizes.rows, kept_columns(request.kept_classes, sizes.classes)});

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <functional>
 
-#include "sweep/operands.h"
+#include "plan/device_traits.h"
 #include "torchmargin/margin.h"
 
 namespace torchmargin {
@@ -151,7 +151,7 @@ struct FinishRowsArgs {
 };
 
 struct SweepKernels {
-  DeviceKind device;
+  DeviceTraits traits;
   void (*load_rows)(const LoadRowsArgs&, c10::ScalarType acc);
   void (*accumulate_chunk)(const AccumulateChunkArgs&, c10::ScalarType acc);
   void (*softmax_chunk)(const SoftmaxChunkArgs&, c10::ScalarType acc);

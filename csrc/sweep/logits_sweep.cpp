@@ -54,8 +54,8 @@ LogitsResult sweep_logits(const LinearProblem& problem, const SweepKernels& kern
       if (factors.defined()) {
         logits.mul_(rows_of(factors, rows).unsqueeze(1));
       }
-      if (problem.margin.scale != 1.0) {
-        logits.mul_(problem.margin.scale);
+      if (problem.margins.parameters.scale != 1.0) {
+        logits.mul_(problem.margins.parameters.scale);
       }
       if (loop.bias().has_value()) {
         logits.add_(rows_of(*loop.bias(), classes));

@@ -61,7 +61,7 @@ at::Tensor choose_operand_scale(
     const at::Tensor& weight_factor,
     bool with_bias) {
   at::Tensor largest = upstream.other_lse;
-  if (loop.operands().unit) { // what must fit into float16 are the rows
+  if (loop.operands().unit_vectors) { // what must fit into float16 are the rows
     largest = weight_factor.abs();
     if (!loop.problem().normalize_input) {
       const at::Tensor inverse = input_inverse_norms(loop);

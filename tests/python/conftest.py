@@ -44,3 +44,26 @@ def problem(rows=9, features=6, classes=23, dtype=torch.float64, bias=False):
 
 def gradients(loss, *leaves, upstream=None):
     return torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None], upstream)
+
+
+EXTENSIONS = ["none", "linear", "easy", "clip", "monotonic", "continuous"]
+SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15, torch.int32: 3, None: -1}
+
+
+def margin_numbers(
+    scale=1.0, m1=1.0, m2=0.0, m3=0.0, extension="none", margin_weight=1.0, margin_gradient="exact"
+) -> list[float]:
+    """A margin as private ops take it: csrc/ops/numbers.h."""
+    straight_through = float(margin_gradient == "straight_through")
+    return [scale, m1, m2, m3, float(EXTENSIONS.index(extension)), margin_weight, straight_through]
+
+
+def linear_numbers(normalize_input=True, normalize_weight=True, compute_dtype=None, **margin) -> list[float]:
+    """The same of a linear op."""
+    return [*margin_numbers(**margin), float(normalize_input), float(normalize_weight), SCALAR_TYPES[compute_dtype]]
+
+
+def packed(input, weight, target, bias=None, sample_m2=None, sample_m3=None, sample_margin_weight=None, **options):
+    """The arguments of a linear op as the private ones take them."""
+    numbers = linear_numbers(**options)
+    return [input, weight, bias, sample_m2, sample_m3, target, sample_margin_weight, numbers]

@@ -6,7 +6,7 @@ import torch
 import torchmargin.functional as F
 from torchmargin import reference
 
-from conftest import problem
+from conftest import margin_numbers, packed, problem
 
 
 @pytest.mark.parametrize("extension", ["none", "linear", "continuous", "easy", "clip", "monotonic"])
@@ -237,9 +237,10 @@ OPCHECKED = {
     "margin_logits": lambda x, w, y, b, c: (x, w, y, b),
     "margin_cross_entropy": lambda x, w, y, b, c: (c, y),
     "margin_transform": lambda x, w, y, b, c: (c,),
-    "_linear_margin_forward": lambda x, w, y, b, c: (x, w, y, b),
-    "_margin_logits_forward": lambda x, w, y, b, c: (x, w, y, b),
-    "_margin_cosine_forward": lambda x, w, y, b, c: (c, y),
+    "_linear_margin_forward": lambda x, w, y, b, c: (*packed(x, w, y, b, scale=4.0, m2=0.3), None, True, 0),
+    "_margin_logits_forward": lambda x, w, y, b, c: packed(x, w, y, b, scale=4.0, m2=0.3),
+    "_margin_cosine_forward": lambda x, w, y, b, c: (c, None, None, y, None, margin_numbers(4.0, m2=0.3), None, True),
+    "_margin_transform_forward": lambda x, w, y, b, c: (c, margin_numbers(m2=0.3)),
     "_linear_margin_cross_entropy_statistics": lambda x, w, y, b, c: (x, w, y, b),
 }
 
@@ -248,7 +249,7 @@ OPCHECKED = {
 def test_opcheck(op):
     x, w, y, b = problem(bias=True)
     cosine = (1.8 * torch.rand(9, 23, dtype=torch.float64) - 0.9).requires_grad_()
-    options = {"m2": 0.3} if op == "margin_transform" else {"scale": 4.0, "m2": 0.3}
+    options = {} if op.endswith("_forward") else {"m2": 0.3} if op == "margin_transform" else {"scale": 4.0, "m2": 0.3}
     torch.library.opcheck(getattr(torch.ops.torchmargin, op).default, OPCHECKED[op](x, w, y, b, cosine), options)
 
 

@@ -8,7 +8,7 @@ import torchmargin.functional as F
 from torchmargin import reference
 
 import oracle
-from conftest import gradients, problem
+from conftest import gradients, packed, problem
 
 pytestmark = [
     pytest.mark.cuda,
@@ -175,7 +175,10 @@ def test_gradcheck_and_gradgradcheck(extension, normalize):
 @pytest.mark.parametrize("op", ["linear_margin_cross_entropy", "margin_logits", "_linear_margin_forward"])
 def test_opcheck(op):
     x, w, y, b = _on_gpu(*problem(bias=True))
-    torch.library.opcheck(getattr(torch.ops.torchmargin, op).default, (x, w, y, b), {"scale": 4.0, "m2": 0.3})
+    arguments, options = (x, w, y, b), {"scale": 4.0, "m2": 0.3}
+    if op == "_linear_margin_forward":
+        arguments, options = (*packed(x, w, y, b, **options), None, True, 0), {}
+    torch.library.opcheck(getattr(torch.ops.torchmargin, op).default, arguments, options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

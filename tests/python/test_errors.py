@@ -6,7 +6,7 @@ import torch
 import torchmargin
 import torchmargin.functional as F
 
-from conftest import problem
+from conftest import linear_numbers, margin_numbers, packed, problem
 
 X, W = torch.randn(4, 6), torch.randn(9, 6)
 Y = torch.zeros(4, dtype=torch.long)
@@ -104,7 +104,12 @@ def test_bad_arguments(case, op, mode):
     change, text = BAD[case]
     arguments = {**_good(), **change}
     if mode == "private":
+        if case in ("extension", "margin_gradient") or case.endswith("none"):
+            pytest.skip("a private op has numbers for them, and no None")
         op = "_linear_margin_forward"
+        with pytest.raises(RuntimeError, match=f"^{op}: {text}"):
+            torch.ops.torchmargin._linear_margin_forward(*packed(**arguments), None, True, 0)
+        return
     if mode == "inference":
         if "requires_grad=True" in repr(change) or "require grad" in text:
             pytest.skip("gradients do not matter in inference mode")
@@ -243,14 +248,14 @@ def test_settings_refuse_nonsense():
         ({"grad_other_lse": torch.zeros(3)}, r"expected grad_other_lse to have shape \[4\], but got \[3\]"),
         ({"grad_logit_sum": torch.zeros(4, 1)}, r"expected grad_logit_sum to have shape \[4\], but got \[4, 1\]"),
         ({"other_lse": torch.zeros(3)}, r"expected other_lse to have shape \[4\], but got \[3\]"),
-        ({"other_lse": torch.zeros(4)}, "expected the forward's results as it returned them, in Double, but got Float"),
+        ({"other_lse": torch.zeros(4)}, "expected other_lse as the forward returned it, in Double, but got Float"),
         ({"kept": torch.zeros(4, 10)}, r"expected kept to have shape \[4, at most 9\], but got \[4, 10\]"),
         ({"inverse_norms": torch.zeros(8)}, r"expected inverse_norms to have shape \[9\], but got \[8\]"),
         ({"weight_sum": torch.zeros(5)}, r"expected weight_sum to have shape \[6\], but got \[5\]"),
     ],
 )
 def test_the_private_backward_refuses_what_does_not_fit(change, text):
-    results = torch.ops.torchmargin._linear_margin_forward(X, W, Y)
+    results = torch.ops.torchmargin._linear_margin_forward(*packed(X, W, Y), None, True, 0)
     good = {
         "grad_other_lse": torch.ones(4),
         "grad_target_logit": None,
@@ -261,22 +266,36 @@ def test_the_private_backward_refuses_what_does_not_fit(change, text):
         "weight_sum": results[7],
         "wanted": [True, True, False, False, False],
     }
-    torch.ops.torchmargin._linear_margin_backward(X, W, Y, **good)
+    torch.ops.torchmargin._linear_margin_backward(*packed(X, W, Y), **good)
     with pytest.raises(RuntimeError, match="_linear_margin_backward: " + text):
-        torch.ops.torchmargin._linear_margin_backward(X, W, Y, **{**good, **change})
+        torch.ops.torchmargin._linear_margin_backward(*packed(X, W, Y), **{**good, **change})
+    on_meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in {**good, **change}.items()}
+    with pytest.raises(RuntimeError, match="_linear_margin_backward: " + text):
+        torch.ops.torchmargin._linear_margin_backward(*packed(*(t.to("meta") for t in (X, W, Y))), **on_meta)
 
 
 def test_the_other_private_backwards_refuse_what_does_not_fit():
     ops = torch.ops.torchmargin
     wanted = [True, True, False, False, False]
     with pytest.raises(RuntimeError, match=r"_margin_logits_backward: expected grad_logits to have shape \[4, 9\]"):
-        ops._margin_logits_backward(X, W, Y, grad_logits=torch.ones(4, 8), inverse_norms=torch.ones(9), wanted=wanted)
+        ops._margin_logits_backward(*packed(X, W, Y), grad_logits=torch.ones(4, 8), inverse_norms=torch.ones(9), wanted=wanted)
     with pytest.raises(RuntimeError, match=r"_margin_logits_backward: expected inverse_norms to have shape \[9\]"):
-        ops._margin_logits_backward(X, W, Y, grad_logits=torch.ones(4, 9), inverse_norms=torch.ones(3), wanted=wanted)
+        ops._margin_logits_backward(*packed(X, W, Y), grad_logits=torch.ones(4, 9), inverse_norms=torch.ones(3), wanted=wanted)
     upstream = {"grad_other_lse": torch.ones(3), "grad_target_logit": None, "grad_logit_sum": None}
     with pytest.raises(RuntimeError, match=r"_margin_cosine_backward: expected grad_other_lse to have shape \[4\]"):
         ops._margin_cosine_backward(
-            torch.rand(4, 9), Y, **upstream, other_lse=torch.ones(4), wanted=[True, False, False]
+            torch.rand(4, 9), None, None, Y, None, margin_numbers(), **upstream, other_lse=torch.ones(4),
+            wanted=[True, False, False],
         )
     with pytest.raises(RuntimeError, match=r"_margin_transform_backward: expected grad to have shape \[4, 9\]"):
-        ops._margin_transform_backward(torch.ones(4), torch.rand(4, 9))
+        ops._margin_transform_backward(torch.ones(4), torch.rand(4, 9), margin_numbers())
+    with pytest.raises(RuntimeError, match=r"_linear_margin_forward: expected kept_classes in \[0, 9\], but got 10"):
+        ops._linear_margin_forward(*packed(X, W, Y), None, True, 10)
+
+
+@pytest.mark.parametrize("numbers", [[], [1.0] * 9, [1.0] * 11, linear_numbers(scale=1.0)[:4] + [6.0] * 6])
+def test_private_ops_refuse_numbers_that_they_cannot_read(numbers):
+    arguments = packed(X, W, Y)
+    arguments[-1] = numbers
+    with pytest.raises(RuntimeError, match="a private op was given"):
+        torch.ops.torchmargin._linear_margin_forward(*arguments, None, True, 0)

@@ -19,7 +19,7 @@ void run_lanes(int64_t lanes, const std::function<void(int64_t)>& body) {
 }
 
 const SweepKernels kDevice{
-    DeviceKind::gpu,
+    kGpuTraits,
     [](const LoadRowsArgs& args, c10::ScalarType acc) { device::launch_load_rows(args, acc, nullptr); },
     [](const AccumulateChunkArgs& args, c10::ScalarType acc) { device::launch_accumulate_chunk(args, acc, nullptr); },
     [](const SoftmaxChunkArgs& args, c10::ScalarType acc) { device::launch_softmax_chunk(args, acc, nullptr); },
@@ -63,8 +63,8 @@ LinearProblem make_problem(const Case& c) {
   if (c.with_bias) {
     p.bias = torch::randn({c.classes}, torch::kFloat64).to(c.dtype);
   }
-  p.margin.scale = c.normalize_input && c.normalize_weight ? 16.0 : 2.0;
-  p.margin.m2 = 0.3;
+  p.margins.parameters.scale = c.normalize_input && c.normalize_weight ? 16.0 : 2.0;
+  p.margins.parameters.m2 = 0.3;
   p.normalize_input = c.normalize_input;
   p.normalize_weight = c.normalize_weight;
   p.compute_dtype = c.compute_dtype;
@@ -123,7 +123,7 @@ TEST_P(DeviceSweep, AgreesWithTheCpuInFloat64) {
   set_workspace_limit(c10::DeviceType::CPU, 64 << 10); // several chunks
   const Results got = run(p, c, c.kept, kDevice);
 
-  const at::ScalarType operands = choose_operands(DeviceKind::gpu, c.dtype, c.compute_dtype).dtype;
+  const at::ScalarType operands = choose_operands(kGpuTraits, c.dtype, c.compute_dtype).dtype;
   // A logit is a sum of products of rounded numbers; relative to its size (16 at most) that is the dtype's precision.
   const double logit = operands == at::kDouble ? 1e-13
       : operands == at::kFloat                 ? 2e-6
@@ -196,7 +196,7 @@ TEST_F(DeviceSweep, AnyLengthFitsIntoFloat16) {
     p.weight[5].mul_(1e-3);
     p.weight[7].zero_();
     p.input[4].zero_();
-    p.margin.m2 = 0.0;
+    p.margins.parameters.m2 = 0.0;
     const Results expected = run(widen(p), c, 0, cpu::sweep_kernels());
     const Results got = run(p, c, 0, kDevice);
     EXPECT_LT((got.forward.other_lse - expected.forward.other_lse).abs().max().item<double>(), 16 * 0x1p-11);
@@ -256,7 +256,7 @@ TEST_F(DeviceSweep, LogitErrors) {
     c.features = 512;
     c.classes = 400;
     LinearProblem p = make_problem(c);
-    p.margin.scale = 64.0;
+    p.margins.parameters.scale = 64.0;
     p.target.fill_(-1);
     const at::Tensor got = sweep_logits(p, kDevice).logits;
     const at::Tensor expected = sweep_logits(widen(p), cpu::sweep_kernels()).logits;

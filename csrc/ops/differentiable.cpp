@@ -1,4 +1,4 @@
-#include "ops/double_backward.h"
+#include "ops/differentiable.h"
 
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
@@ -67,8 +67,8 @@ Tensors gradients_of(
   return all;
 }
 
-} // namespace
-
+// The gradients of `inputs` (those that `wanted` names) for the gradients `upstream` of the
+// formula's results, with a graph: for forward-mode AD of a backward pass.
 Tensors formula_gradients(
     const OptionalTensors& inputs,
     const OptionalTensors& upstream,
@@ -86,6 +86,8 @@ Tensors formula_gradients(
   return gradients;
 }
 
+// What a backward op's node returns: from the gradients of each of its results (one for each
+// of `inputs`) those of `inputs` and `upstream`, in this order.
 Tensors second_derivatives(
     const OptionalTensors& inputs,
     const OptionalTensors& upstream,
@@ -110,6 +112,62 @@ Tensors second_derivatives(
   return gradients_of(gradients, grads_of_gradients, variables, wanted, create_graph);
 }
 
+} // namespace
+
+OptionalTensors CallArguments::all() const {
+  OptionalTensors tensors;
+  tensors.reserve(inputs.size() + others.size());
+  tensors.insert(tensors.end(), inputs.begin(), inputs.end());
+  tensors.insert(tensors.end(), others.begin(), others.end());
+  return tensors;
+}
+
+Tensors differentiable_backward(
+    const char* node,
+    CallArguments call,
+    const OptionalTensors& upstream,
+    const std::vector<bool>& wanted,
+    const std::function<Tensors()>& below,
+    MakeFormula make_formula) {
+  OptionalTensors inputs = call.inputs;
+  inputs.insert(inputs.end(), upstream.begin(), upstream.end());
+  if (any_has_tangent(inputs)) {
+    Tensors saved;
+    for (const auto& tensor : call.all()) {
+      saved.push_back(tensor.value_or(at::Tensor()));
+    }
+    Tensors gradients = formula_gradients(call.inputs, upstream, wanted, make_formula(saved, upstream));
+    for (at::Tensor& gradient : gradients) {
+      gradient = gradient.defined() ? gradient : at::empty({0}, call.inputs[0]->options().requires_grad(false));
+    }
+    return gradients;
+  }
+  Tensors gradients;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    gradients = below();
+  }
+  if (any_requires_grad(inputs)) {
+    OptionalTensors saved = call.all();
+    saved.insert(saved.end(), upstream.begin(), upstream.end());
+    const auto run = [input_count = call.inputs.size(), count = call.inputs.size() + call.others.size(), make_formula](
+                         const Tensors& grads, const Tensors& tensors, const std::vector<bool>& needed) {
+      const OptionalTensors given_inputs(tensors.begin(), tensors.begin() + input_count);
+      OptionalTensors given_upstream;
+      for (size_t i = count; i < tensors.size(); ++i) {
+        given_upstream.push_back(optional(tensors[i]));
+      }
+      return second_derivatives(
+          given_inputs, given_upstream, grads, needed,
+          make_formula(Tensors(tensors.begin(), tensors.begin() + count), given_upstream));
+    };
+    const size_t outputs = gradients.size();
+    attach_node(
+        gradients, outputs, inputs, {node, std::move(saved), /*saved_results=*/{}, std::move(call.numbers), run});
+  }
+  return gradients;
+}
+
 at::Tensor without_unused_rows(const at::Tensor& input, const OptionalTensors& upstream) {
   const bool matrix = input.dim() == 2;
   at::Tensor used = at::isfinite(input.detach());
@@ -123,10 +181,12 @@ at::Tensor without_unused_rows(const at::Tensor& input, const OptionalTensors& u
   return at::where(matrix ? used.unsqueeze(1) : used, input, at::zeros({}, input.options().requires_grad(false)));
 }
 
-std::optional<at::Tensor> without_unused_rows(
-    const std::optional<at::Tensor>& sample,
-    const OptionalTensors& upstream) {
-  return sample.has_value() && sample->dim() == 1 ? std::optional(without_unused_rows(*sample, upstream)) : sample;
+void take_out_unused_rows(Margins& margins, const OptionalTensors& upstream) {
+  for (auto* sample : {&margins.sample_m2, &margins.sample_m3, &margins.sample_margin_weight}) {
+    if (sample->has_value() && (*sample)->dim() == 1) {
+      *sample = without_unused_rows(**sample, upstream);
+    }
+  }
 }
 
 } // namespace torchmargin

@@ -1,8 +1,8 @@
 // The chunk plan: a pure function, so its promises are checked over many sizes.
 #include <gtest/gtest.h>
 
-#include "sweep/chunk_plan.h"
-#include "sweep/operands.h"
+#include "plan/chunk_plan.h"
+#include "plan/operands.h"
 
 namespace {
 
@@ -88,13 +88,12 @@ TEST(ChunkPlan, WorkspaceRowsBeginAt16Bytes) {
 TEST(Operands, AreChosenByDtypeAndDevice) {
   using c10::ScalarType;
   using torchmargin::choose_operands;
-  using torchmargin::DeviceKind;
   const auto gpu = [](ScalarType dtype, std::optional<ScalarType> compute = std::nullopt) {
-    return choose_operands(DeviceKind::gpu, dtype, compute);
+    return choose_operands(torchmargin::kGpuTraits, dtype, compute);
   };
   for (const ScalarType narrow : {ScalarType::Half, ScalarType::BFloat16}) {
-    EXPECT_EQ(choose_operands(DeviceKind::cpu, ScalarType::Float, narrow).dtype, ScalarType::Float);
-    EXPECT_EQ(choose_operands(DeviceKind::cpu, narrow, std::nullopt).dtype, ScalarType::Float);
+    EXPECT_EQ(choose_operands(torchmargin::kCpuTraits, ScalarType::Float, narrow).dtype, ScalarType::Float);
+    EXPECT_EQ(choose_operands(torchmargin::kCpuTraits, narrow, std::nullopt).dtype, ScalarType::Float);
     EXPECT_EQ(gpu(ScalarType::Float, narrow).dtype, ScalarType::Half);
     EXPECT_TRUE(gpu(ScalarType::Float, narrow).unit);
   }

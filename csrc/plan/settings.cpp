@@ -1,12 +1,10 @@
 #include "torchmargin/settings.h"
 
-#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
 #include <atomic>
 
-#include "sweep/chunk_plan.h"
-#include "sweep/operands.h"
+#include "plan/sweep_plan.h"
 
 namespace torchmargin {
 namespace {
@@ -59,24 +57,20 @@ Plan plan(
       !compute_dtype.has_value() || (dtype == ScalarType::Float && narrow(*compute_dtype)),
       "torchmargin: expected compute_dtype float16, bfloat16 or float32, with dtype float32 only, but got ",
       compute_dtype.value_or(ScalarType::Undefined), " with ", dtype);
-  const bool cpu = device == c10::DeviceType::CPU;
-  const OperandFormat operands = choose_operands(cpu ? DeviceKind::cpu : DeviceKind::gpu, dtype, compute_dtype);
-  const ScalarType acc = product_dtype(dtype);
-  const SweepSizes sizes{
-      batch,
-      features,
-      classes,
-      static_cast<int64_t>(c10::elementSize(acc)),
-      static_cast<int64_t>(c10::elementSize(operands.dtype)),
-      /*convert_weight=*/operands.unit || operands.dtype != dtype,
-      /*widen_gradients=*/acc != dtype,
-      cpu ? at::get_num_threads() : 1,
-      cpu ? kCpuTile : kGpuTile};
-  const int64_t limit = workspace_limit(device);
-  const ChunkPlan chosen = choose_chunk_plan(sizes, limit);
-  return {chosen.lanes,         chosen.row_tile, chosen.class_chunk,
-          chosen.input_splits,  operands.dtype,  chosen.kept_classes,
-          chosen.scratch_bytes, limit,           chosen.fits};
+  const SweepPlan made = make_sweep_plan(
+      {.rows = batch, .features = features, .classes = classes, .dtype = dtype, .compute_dtype = compute_dtype},
+      traits_of(device), device);
+  const ChunkPlan& chosen = made.chunks;
+  return {
+      .lanes = chosen.lanes,
+      .row_tile = chosen.row_tile,
+      .class_chunk = chosen.class_chunk,
+      .input_splits = chosen.input_splits,
+      .operand_dtype = made.operands.dtype,
+      .kept_classes = chosen.kept_classes,
+      .scratch_bytes = chosen.scratch_bytes,
+      .workspace_limit = made.limit,
+      .fits = chosen.fits};
 }
 
 } // namespace torchmargin

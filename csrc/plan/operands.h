@@ -6,19 +6,16 @@
 
 #include <optional>
 
-namespace torchmargin {
+#include "plan/device_traits.h"
 
-enum class DeviceKind {
-  cpu, // kernels read rows in acc, contiguous; products are made in acc
-  gpu, // kernels read rows of any dtype and strides and round results themselves; 16-bit products accumulate in float32
-};
+namespace torchmargin {
 
 struct OperandFormat {
   c10::ScalarType dtype; // acc, float16 or bfloat16
   // Operands are unit vectors whatever is normalised, and lengths join the logits afterwards: float16, whose
   // error suits unit vectors best and whose range holds little else. (Weights that are not normalised
   // are brought below 1 by one power of two instead.) false: rows as the formula has them, or as they are given.
-  bool unit = false;
+  bool unit_vectors = false;
   // Q is stored times this power of two, and the largest row of the operand of grad_weight is brought to the other
   // one: float16 holds numbers from 6e-8 to 65504 only.
   double softmax_scale = 1.0;
@@ -36,9 +33,9 @@ constexpr OperandFormat wide_operands(c10::ScalarType dtype) {
 
 // dtype: of input and weight; compute_dtype: what the caller allows for float32 ones.
 constexpr OperandFormat
-choose_operands(DeviceKind device, c10::ScalarType dtype, std::optional<c10::ScalarType> compute_dtype) {
+choose_operands(const DeviceTraits& device, c10::ScalarType dtype, std::optional<c10::ScalarType> compute_dtype) {
   using c10::ScalarType;
-  if (device == DeviceKind::cpu) {
+  if (!device.narrow_products) {
     return wide_operands(dtype);
   }
   if (dtype == ScalarType::BFloat16) {
@@ -46,7 +43,7 @@ choose_operands(DeviceKind device, c10::ScalarType dtype, std::optional<c10::Sca
   }
   const bool narrow_allowed = compute_dtype == ScalarType::Half || compute_dtype == ScalarType::BFloat16;
   if (dtype == ScalarType::Half || (dtype == ScalarType::Float && narrow_allowed)) {
-    return {ScalarType::Half, /*unit=*/true, /*softmax_scale=*/0x1p15, /*largest_row=*/0x1p10};
+    return {ScalarType::Half, /*unit_vectors=*/true, /*softmax_scale=*/0x1p15, /*largest_row=*/0x1p10};
   }
   return wide_operands(dtype);
 }

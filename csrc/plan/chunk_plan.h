@@ -6,25 +6,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "plan/device_traits.h"
+
 namespace torchmargin {
 
-// What suits a device.
-struct TilePreference {
-  int64_t rows;
-  int64_t elements; // rows x classes
-  int64_t weight_elements; // classes x features
-  int64_t classes;
-  int64_t alignment; // of rows of the workspace, in elements: 16 bytes of the narrowest operand
-  int64_t output_tiles; // of kOutputTile^2 that a product should have, 0: it does not matter
-};
-constexpr int64_t kOutputTile = 128;
-
-// On the CPU a tile of 256 x 512 float32 logits, its operands and its gradients stay in the last
-// cache levels, and the products run at the speed of the whole one (docs/design.md).
-constexpr TilePreference kCpuTile{256, 256 * 512, int64_t{1} << 40, 4096, 1, 0};
-// On a GPU 24 MiB of float32 logits stay in the L2 cache between product and fused pass, and so do
-// 16 MiB of weight gradients.
-constexpr TilePreference kGpuTile{4096, 6 << 20, 4 << 20, 1 << 16, 8, 128};
 constexpr int64_t kMostSplits = 8;
 constexpr int64_t kSmallestSplit = 256; // classes
 

@@ -1,0 +1,98 @@
+// The arguments of the ops, written down once: as the schema, as C++ parameters and as a call's arguments. Public ops
+// spell every one of them. Private ops take their tensors, those that have gradients first, and all else as a list of
+// numbers (numbers.h): a new parameter touches none of them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
+// ---- what the ops with a margin share --------------------------------------------------
+#define TORCHMARGIN_MARGINS_SCHEMA                                                                              \
+  "float scale=1.0, float m1=1.0, float m2=0.0, float m3=0.0, Tensor? sample_m2=None, Tensor? sample_m3=None, " \
+  "Tensor? sample_margin_weight=None, str extension=\"none\", float margin_weight=1.0, str margin_gradient=\"exact\""
+#define TORCHMARGIN_MARGINS_PARAMETERS                                                                 \
+  double scale, double m1, double m2, double m3, const std::optional<at::Tensor>&sample_m2,            \
+      const std::optional<at::Tensor>&sample_m3, const std::optional<at::Tensor>&sample_margin_weight, \
+      std::string_view extension, double margin_weight, std::string_view margin_gradient
+#define TORCHMARGIN_MARGINS_ARGUMENTS \
+  scale, m1, m2, m3, sample_m2, sample_m3, sample_margin_weight, extension, margin_weight, margin_gradient
+
+// ---- the linear ops: input, weight, target and these ------------------------------------
+#define TORCHMARGIN_LINEAR_OPTIONS_SCHEMA                     \
+  "Tensor? bias=None, *, " TORCHMARGIN_MARGINS_SCHEMA         \
+  ", bool normalize_input=True, bool normalize_weight=True, " \
+  "ScalarType? compute_dtype=None"
+#define TORCHMARGIN_LINEAR_SCHEMA "Tensor input, Tensor weight, Tensor target, " TORCHMARGIN_LINEAR_OPTIONS_SCHEMA
+#define TORCHMARGIN_LINEAR_OPTION_PARAMETERS                                                                         \
+  const std::optional<at::Tensor>&bias, TORCHMARGIN_MARGINS_PARAMETERS, bool normalize_input, bool normalize_weight, \
+      std::optional<at::ScalarType> compute_dtype
+#define TORCHMARGIN_LINEAR_PARAMETERS \
+  const at::Tensor &input, const at::Tensor &weight, const at::Tensor &target, TORCHMARGIN_LINEAR_OPTION_PARAMETERS
+#define TORCHMARGIN_LINEAR_ARGUMENTS \
+  input, weight, target, bias, TORCHMARGIN_MARGINS_ARGUMENTS, normalize_input, normalize_weight, compute_dtype
+
+// ---- the ops on given cosines -------------------------------------------------------------
+#define TORCHMARGIN_COSINE_SCHEMA "Tensor cosine, Tensor target, *, " TORCHMARGIN_MARGINS_SCHEMA
+#define TORCHMARGIN_COSINE_PARAMETERS const at::Tensor &cosine, const at::Tensor &target, TORCHMARGIN_MARGINS_PARAMETERS
+#define TORCHMARGIN_COSINE_ARGUMENTS cosine, target, TORCHMARGIN_MARGINS_ARGUMENTS
+
+#define TORCHMARGIN_TRANSFORM_SCHEMA                                                                              \
+  "Tensor cosine, *, float m1=1.0, float m2=0.0, float m3=0.0, str extension=\"none\", float margin_weight=1.0, " \
+  "str margin_gradient=\"exact\""
+#define TORCHMARGIN_TRANSFORM_PARAMETERS                                                                       \
+  const at::Tensor &cosine, double m1, double m2, double m3, std::string_view extension, double margin_weight, \
+      std::string_view margin_gradient
+
+// ---- what the losses take beyond them -----------------------------------------------------
+#define TORCHMARGIN_LOSS_SCHEMA ", float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\""
+#define TORCHMARGIN_LOSS_PARAMETERS double label_smoothing, int64_t ignore_index, std::string_view reduction
+#define TORCHMARGIN_LOSS_ARGUMENTS label_smoothing, ignore_index, reduction
+
+// ---- private ops --------------------------------------------------------------------------
+#define TORCHMARGIN_PACKED_MARGINS_SCHEMA \
+  "Tensor? sample_m2, Tensor? sample_m3, Tensor target, Tensor? sample_margin_weight"
+#define TORCHMARGIN_PACKED_MARGINS_PARAMETERS                                                                     \
+  const std::optional<at::Tensor>&sample_m2, const std::optional<at::Tensor>&sample_m3, const at::Tensor &target, \
+      const std::optional<at::Tensor>&sample_margin_weight
+#define TORCHMARGIN_PACKED_MARGINS_ARGUMENTS sample_m2, sample_m3, target, sample_margin_weight
+
+#define TORCHMARGIN_PACKED_LINEAR_SCHEMA \
+  "Tensor input, Tensor weight, Tensor? bias, " TORCHMARGIN_PACKED_MARGINS_SCHEMA ", float[] numbers"
+#define TORCHMARGIN_PACKED_LINEAR_PARAMETERS                                               \
+  const at::Tensor &input, const at::Tensor &weight, const std::optional<at::Tensor>&bias, \
+      TORCHMARGIN_PACKED_MARGINS_PARAMETERS, at::ArrayRef<double> numbers
+#define TORCHMARGIN_PACKED_LINEAR_ARGUMENTS input, weight, bias, TORCHMARGIN_PACKED_MARGINS_ARGUMENTS, numbers
+
+#define TORCHMARGIN_PACKED_COSINE_SCHEMA "Tensor cosine, " TORCHMARGIN_PACKED_MARGINS_SCHEMA ", float[] numbers"
+#define TORCHMARGIN_PACKED_COSINE_PARAMETERS \
+  const at::Tensor &cosine, TORCHMARGIN_PACKED_MARGINS_PARAMETERS, at::ArrayRef<double> numbers
+#define TORCHMARGIN_PACKED_COSINE_ARGUMENTS cosine, TORCHMARGIN_PACKED_MARGINS_ARGUMENTS, numbers
+
+// What a forward is asked for, and what a backward is given: see ForwardRequest and BackwardRequest.
+#define TORCHMARGIN_FORWARD_REQUEST_SCHEMA ", int? ignore_index, bool with_logit_sum, int kept_classes"
+#define TORCHMARGIN_FORWARD_REQUEST_PARAMETERS \
+  [[maybe_unused]] std::optional<int64_t> ignore_index, bool with_logit_sum, int64_t kept_classes
+#define TORCHMARGIN_UPSTREAM_SCHEMA ", Tensor? grad_other_lse, Tensor? grad_target_logit, Tensor? grad_logit_sum"
+#define TORCHMARGIN_UPSTREAM_PARAMETERS                                                              \
+  const std::optional<at::Tensor>&grad_other_lse, const std::optional<at::Tensor>&grad_target_logit, \
+      const std::optional<at::Tensor>&grad_logit_sum
+#define TORCHMARGIN_UPSTREAM_ARGUMENTS grad_other_lse, grad_target_logit, grad_logit_sum
+#define TORCHMARGIN_BACKWARD_REQUEST_SCHEMA                                                                        \
+  TORCHMARGIN_UPSTREAM_SCHEMA ", Tensor other_lse, Tensor kept, Tensor inverse_norms, Tensor weight_sum, bool[5] " \
+                              "wanted"
+#define TORCHMARGIN_BACKWARD_REQUEST_PARAMETERS                                         \
+  TORCHMARGIN_UPSTREAM_PARAMETERS, const at::Tensor &other_lse, const at::Tensor &kept, \
+      const at::Tensor &inverse_norms, const at::Tensor &weight_sum, std::array<bool, 5> wanted
+#define TORCHMARGIN_BACKWARD_REQUEST_ARGUMENTS \
+  TORCHMARGIN_UPSTREAM_ARGUMENTS, other_lse, kept, inverse_norms, weight_sum, wanted
+#define TORCHMARGIN_LOGITS_BACKWARD_REQUEST_SCHEMA ", Tensor grad_logits, Tensor inverse_norms, bool[5] wanted"
+#define TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS \
+  const at::Tensor &grad_logits, const at::Tensor &inverse_norms, std::array<bool, 5> wanted
+#define TORCHMARGIN_COSINE_BACKWARD_REQUEST_SCHEMA TORCHMARGIN_UPSTREAM_SCHEMA ", Tensor other_lse, bool[3] wanted"
+#define TORCHMARGIN_COSINE_BACKWARD_REQUEST_PARAMETERS \
+  TORCHMARGIN_UPSTREAM_PARAMETERS, const at::Tensor &other_lse, std::array<bool, 3> wanted
