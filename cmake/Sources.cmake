@@ -33,10 +33,12 @@ set(TORCHMARGIN_PLAN_SOURCES
 # The passes over the classes, for any device.
 set(TORCHMARGIN_SWEEP_SOURCES
   csrc/sweep/class_loop.cpp
+  csrc/sweep/row_operand.cpp
   csrc/sweep/forward_sweep.cpp
+  csrc/sweep/gradient_sweep.cpp
   csrc/sweep/backward_sweep.cpp
   csrc/sweep/logits_sweep.cpp
-  csrc/sweep/products.cpp
+  csrc/sweep/tile_steps.cpp
   csrc/sweep/upstream.cpp
   csrc/sweep/cosine_pass.cpp)
 
@@ -48,7 +50,7 @@ set(TORCHMARGIN_CPU_SOURCES
 
 # What the CPU supplies to the sweep: the kernels in parallel loops,
 set(TORCHMARGIN_CPU_LOOP_SOURCES
-  csrc/cpu/sweep_kernels.cpp)
+  csrc/cpu/device.cpp)
 
 # the kernels on ranges (no ATen),
 set(TORCHMARGIN_CPU_KERNEL_SOURCES

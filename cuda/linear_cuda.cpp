@@ -7,7 +7,8 @@
 
 #include "kernels/launch.h"
 #include "ops/problem.h"
-#include "sweep/class_sweep.h"
+#include "sweep/sweeps.h"
+#include "sweep/tile_steps.h"
 #include "target_values.h"
 
 namespace torchmargin::cuda {
@@ -29,8 +30,11 @@ void accumulate_chunk(const AccumulateChunkArgs& args, c10::ScalarType acc) {
 void softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc) {
   enqueue(device::launch_softmax_chunk, args, acc);
 }
-void target_pass(const TargetPassArgs& args, c10::ScalarType acc) {
-  enqueue(device::launch_target_pass, args, acc);
+void target_rows(const TargetRowsArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_target_rows, args, acc);
+}
+void combine_rows(const CombineRowsArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_combine_rows, args, acc);
 }
 void finish_classes(const FinishClassesArgs& args, c10::ScalarType acc) {
   enqueue(device::launch_finish_classes, args, acc);
@@ -45,19 +49,33 @@ void run_lanes(int64_t lanes, const std::function<void(int64_t)>& body) {
 }
 void prepare_buffer(void* /*data*/, int64_t /*bytes*/) {}
 
-constexpr SweepKernels kKernels{kGpuTraits,     load_rows,   accumulate_chunk, softmax_chunk, target_pass,
-                                finish_classes, finish_rows, run_lanes,        prepare_buffer};
+const Device& this_device() {
+  static const Device gpu{
+      .traits = kGpuTraits,
+      .kernels =
+          {.load_rows = load_rows,
+           .target_rows = target_rows,
+           .accumulate_chunk = accumulate_chunk,
+           .combine_rows = combine_rows,
+           .softmax_chunk = softmax_chunk,
+           .finish_classes = finish_classes,
+           .finish_rows = finish_rows,
+           .run_lanes = run_lanes,
+           .prepare_buffer = prepare_buffer},
+      .steps = kPortableSteps};
+  return gpu;
+}
 
 ForwardTuple linear_margin_forward_cuda(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TORCHMARGIN_FORWARD_REQUEST_PARAMETERS) {
   constexpr std::string_view op = "_linear_margin_forward";
   const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
-  const ForwardRequest request{ignore_index, with_logit_sum, kept_classes};
+  const ForwardRequest request{TORCHMARGIN_FORWARD_REQUEST_ARGUMENTS};
   check_request(op, problem, request);
   const c10::cuda::CUDAGuard guard(input.device());
   if (ignore_index.has_value()) {
     assert_target_values(target, weight.size(0), *ignore_index);
   }
-  return to_tuple(sweep_forward(problem, request, kKernels));
+  return to_tuple(sweep_forward(problem, request, this_device()));
 }
 
 BackwardTuple linear_margin_backward_cuda(
@@ -68,13 +86,13 @@ BackwardTuple linear_margin_backward_cuda(
   const BackwardRequest request{TORCHMARGIN_BACKWARD_REQUEST_ARGUMENTS};
   check_request(op, problem, request);
   const c10::cuda::CUDAGuard guard(input.device());
-  return to_tuple(sweep_backward(problem, request, kKernels));
+  return to_tuple(sweep_backward(problem, request, this_device()));
 }
 
 LogitsTuple margin_logits_forward_cuda(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
   const LinearProblem problem = make_linear_problem("_margin_logits_forward", TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
   const c10::cuda::CUDAGuard guard(input.device());
-  return to_tuple(sweep_logits(problem, kKernels));
+  return to_tuple(sweep_logits(problem, this_device()));
 }
 
 BackwardTuple margin_logits_backward_cuda(
@@ -82,10 +100,10 @@ BackwardTuple margin_logits_backward_cuda(
     TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS) {
   constexpr std::string_view op = "_margin_logits_backward";
   const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
-  const LogitsBackwardRequest request{grad_logits, inverse_norms, wanted};
+  const LogitsBackwardRequest request{TORCHMARGIN_LOGITS_BACKWARD_REQUEST_ARGUMENTS};
   check_request(op, problem, request);
   const c10::cuda::CUDAGuard guard(input.device());
-  return to_tuple(sweep_logits_backward(problem, request, kKernels));
+  return to_tuple(sweep_logits_backward(problem, request, this_device()));
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, CUDA, library) {

@@ -101,7 +101,7 @@ void backward_row(const CosineBackwardArgs& args, int64_t row, RowReader<Scalar>
       continue;
     }
     row_kernels<T>().softmax_row(
-        reader.piece(row, first, count), weights, count, map, other_lse, /*times_inverse_norms=*/false);
+        reader.piece(row, first, count), weights, count, map, other_lse, /*times_class_factors=*/false);
     for (int64_t k = 0; k < count; ++k) {
       out[first + k] = static_cast<Scalar>(factor * weights[k] + constant);
     }

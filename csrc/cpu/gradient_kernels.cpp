@@ -6,7 +6,7 @@
 #include "cpu/range_kernels.h"
 #include "cpu/row_kernels.h"
 #include "math/team.h"
-#include "sweep/row_bodies.h"
+#include "sweep/finish_bodies.h"
 
 namespace torchmargin::cpu {
 namespace {

@@ -6,15 +6,17 @@
 
 #include "cpu/loops.h"
 #include "cpu/row_kernels.h"
+#include "math/logit.h"
 #include "math/online_lse.h"
 #include "math/team.h"
-#include "sweep/row_bodies.h"
+#include "sweep/combine_rows.h"
+#include "sweep/target_rows.h"
 
 namespace torchmargin::cpu {
 namespace {
 
 template <typename T>
-LogitMap<T> logit_map(const LogitsTile& tile, int64_t row, int64_t first) {
+LogitMap<T> logit_map(const ProductsTile& tile, int64_t row, int64_t first) {
   const T* const factors = static_cast<const T*>(tile.class_factors);
   const T* const bias = static_cast<const T*>(tile.bias);
   const T row_factor = tile.row_factors != nullptr ? static_cast<const T*>(tile.row_factors)[row] : T(1);
@@ -24,7 +26,7 @@ LogitMap<T> logit_map(const LogitsTile& tile, int64_t row, int64_t first) {
 }
 
 // The target's column within the tile; class_count if it is not there.
-int64_t target_column(const LogitsTile& tile, int64_t row) {
+int64_t target_column(const ProductsTile& tile, int64_t row) {
   const int64_t column = tile.target[row] - tile.first_class;
   return column >= 0 && column < tile.class_count ? column : tile.class_count;
 }
@@ -40,7 +42,7 @@ void load_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begi
     const double operand_scale = args.operand_scale != nullptr ? *args.operand_scale : 1.0;
     for (int64_t i = begin; i < end; ++i) {
       const T* const row = rows + i * args.rows.row_stride;
-      const double inverse = args.normalize ? inverse_norm(kernels.squared_norm(row, args.features)) : 1.0;
+      const double inverse = args.measured ? inverse_norm(kernels.squared_norm(row, args.features)) : 1.0;
       if (inverse_norms != nullptr) {
         inverse_norms[i] = static_cast<T>(inverse);
       }
@@ -51,14 +53,15 @@ void load_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begi
       const double given = args.row_factor != nullptr ? args.row_factor[i] * operand_scale : operand_scale;
       // NB: a row without a gradient is 0 even if it holds NaN; one with next to none
       // would make the products denormal, and those are slow.
-      if (given == 0.0 || (args.row_factor != nullptr && args.operand_scale != nullptr && std::fabs(given) < 0x1p-90)) {
+      if (given == 0.0 ||
+          (args.row_factor != nullptr && args.operand_scale != nullptr && std::fabs(given) < kSmallestFactor)) {
         std::fill(out, out + args.features, T(0));
         continue;
       }
       if (out != row) {
         std::copy(row, row + args.features, out);
       }
-      const double factor = args.unit ? inverse * given : given;
+      const double factor = args.to_unit ? inverse * given : given;
       if (factor != 1.0) {
         kernels.scale_row(out, args.features, factor);
       }
@@ -71,7 +74,7 @@ void sum_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begin
   with_acc(acc, [&](auto zero) {
     using T = decltype(zero);
     const T* const rows = static_cast<const T*>(args.rows.data);
-    const T* const norms = args.normalize ? static_cast<const T*>(args.inverse_norms) : nullptr;
+    const T* const norms = args.measured ? static_cast<const T*>(args.inverse_norms) : nullptr;
     for (int64_t i = 0; i < args.row_count; ++i) {
       const double given = args.row_factor != nullptr ? args.row_factor[i] : 1.0;
       if (given != 0.0) {
@@ -85,16 +88,16 @@ void sum_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begin
 void accumulate_range(const AccumulateChunkArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
   with_acc(acc, [&](auto zero) {
     using T = decltype(zero);
-    const LogitsTile& tile = args.tile;
+    const ProductsTile& tile = args.tile;
     const RowKernels<T>& kernels = row_kernels<T>();
     for (int64_t i = begin; i < end; ++i) {
-      const T* const dots = static_cast<const T*>(tile.logits) + i * tile.row_stride;
-      OnlineLse total{args.shift[i], args.sum[i]};
-      double maximum = args.maximum[i];
+      const T* const products = static_cast<const T*>(tile.products) + i * tile.row_stride;
+      OnlineLse total{args.sums.shift[i], args.sums.sum[i]};
+      double maximum = args.sums.maximum[i];
       const auto add = [&](int64_t first, int64_t last) {
         for (; first < last; first += kBlock) {
           const BlockSum block = kernels.sum_block(
-              dots + first, std::min(kBlock, last - first), logit_map<T>(tile, i, first), args.bounded);
+              products + first, std::min(kBlock, last - first), logit_map<T>(tile, i, first), args.bounded);
           total.combine({block.shift, block.sum});
           maximum = std::max(maximum, block.maximum);
         }
@@ -102,9 +105,9 @@ void accumulate_range(const AccumulateChunkArgs& args, c10::ScalarType acc, int6
       const int64_t column = target_column(tile, i);
       add(0, column);
       add(column + 1, tile.class_count);
-      args.shift[i] = total.shift;
-      args.sum[i] = total.sum;
-      args.maximum[i] = maximum;
+      args.sums.shift[i] = total.shift;
+      args.sums.sum[i] = total.sum;
+      args.sums.maximum[i] = maximum;
     }
   });
 }
@@ -112,7 +115,7 @@ void accumulate_range(const AccumulateChunkArgs& args, c10::ScalarType acc, int6
 void softmax_range(const SoftmaxChunkArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
   with_acc(acc, [&](auto zero) {
     using T = decltype(zero);
-    const LogitsTile& tile = args.tile;
+    const ProductsTile& tile = args.tile;
     const RowKernels<T>& kernels = row_kernels<T>();
     for (int64_t i = begin; i < end; ++i) {
       T* const out = static_cast<T*>(args.out) + i * args.out_row_stride;
@@ -121,7 +124,7 @@ void softmax_range(const SoftmaxChunkArgs& args, c10::ScalarType acc, int64_t be
         continue;
       }
       kernels.softmax_row(
-          static_cast<const T*>(tile.logits) + i * tile.row_stride, out, tile.class_count, logit_map<T>(tile, i, 0),
+          static_cast<const T*>(tile.products) + i * tile.row_stride, out, tile.class_count, logit_map<T>(tile, i, 0),
           args.other_lse[i], args.times_class_factors && tile.class_factors != nullptr);
       const int64_t column = target_column(tile, i);
       if (column < tile.class_count) {
@@ -131,12 +134,23 @@ void softmax_range(const SoftmaxChunkArgs& args, c10::ScalarType acc, int64_t be
   });
 }
 
-void target_pass_range(const TargetPassArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
+void target_rows_range(const TargetRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
   with_acc(acc, [&](auto zero) {
     using T = decltype(zero);
     with_dtype(args.context.input.dtype, [&](auto scalar) {
       for (int64_t i = begin; i < end; ++i) {
-        target_pass_row<decltype(scalar), T>(args, i, Alone());
+        target_row<decltype(scalar), T>(args, i, Alone());
+      }
+    });
+  });
+}
+
+void combine_rows_range(const CombineRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
+  with_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    with_dtype(args.context.input.dtype, [&](auto scalar) {
+      for (int64_t i = begin; i < end; ++i) {
+        combine_row<decltype(scalar), T>(args, i, Alone());
       }
     });
   });

@@ -15,7 +15,8 @@ void sum_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begin
 void accumulate_range(const AccumulateChunkArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
 void softmax_range(const SoftmaxChunkArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
 // Rows [begin, end) of all rows.
-void target_pass_range(const TargetPassArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
+void target_rows_range(const TargetRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
+void combine_rows_range(const CombineRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
 void finish_rows_range(const FinishRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
 // Classes [begin, end) of the chunk.
 void finish_classes_range(const FinishClassesArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);

@@ -3,6 +3,7 @@
 #include "cpu/row_kernels.h"
 
 #include "cpu/simd.h"
+#include "math/logit.h"
 
 namespace torchmargin::cpu {
 namespace {
@@ -70,28 +71,28 @@ void add_row(double* sum, const T* row, int64_t size, double factor) {
   }
 }
 
-// Calls body(z, inverse_norms, first, lanes) for each vector of logits of a row; in the
+// Calls body(z, class_factor, first, lanes) for each vector of logits of a row; in the
 // last one only `lanes` count.
 template <typename T, typename Body>
-inline void for_each_vector(const T* dots, int64_t size, const LogitMap<T>& map, Body body) {
+inline void for_each_vector(const T* products, int64_t size, const LogitMap<T>& map, Body body) {
   const Vector<T> one = Vector<T>{} + T(1);
   int64_t j = 0;
   for (; j + kLanes<T> <= size; j += kLanes<T>) {
-    const Vector<T> inverse = map.inverse_norms != nullptr ? load(map.inverse_norms + j) : one;
-    Vector<T> z = load(dots + j) * (inverse * map.scale);
+    const Vector<T> class_factor = map.class_factors != nullptr ? load(map.class_factors + j) : one;
+    Vector<T> z = scaled_product(load(products + j), class_factor, map.scale);
     if (map.bias != nullptr) {
       z += load(map.bias + j);
     }
-    body(z, inverse, j, kLanes<T>);
+    body(z, class_factor, j, kLanes<T>);
   }
   if (j < size) {
     const int64_t left = size - j;
-    const Vector<T> inverse = map.inverse_norms != nullptr ? load_some(map.inverse_norms + j, left, T(1)) : one;
-    Vector<T> z = load_some(dots + j, left, T(0)) * (inverse * map.scale);
+    const Vector<T> class_factor = map.class_factors != nullptr ? load_some(map.class_factors + j, left, T(1)) : one;
+    Vector<T> z = scaled_product(load_some(products + j, left, T(0)), class_factor, map.scale);
     if (map.bias != nullptr) {
       z += load_some(map.bias + j, left, T(0));
     }
-    body(z, inverse, j, static_cast<int>(left));
+    body(z, class_factor, j, static_cast<int>(left));
   }
 }
 
@@ -107,18 +108,18 @@ inline Vector<T> keep_lanes(Vector<T> v, int lanes, T fill) {
 }
 
 template <typename T>
-BlockSum sum_block(const T* dots, int64_t size, LogitMap<T> map, bool bounded) {
+BlockSum sum_block(const T* products, int64_t size, LogitMap<T> map, bool bounded) {
   constexpr T infinity = __builtin_huge_val();
   Vector<T> largest = Vector<T>{} - infinity;
   Vector<T> sum = Vector<T>{};
   if (bounded) {
-    for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
+    for_each_vector(products, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
       const Vector<T> counted = keep_lanes<T>(z, lanes, -infinity);
       largest = counted > largest ? counted : largest;
       sum += keep_lanes<T>(exp(z), lanes, T(0));
     });
   } else {
-    for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
+    for_each_vector(products, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
       const Vector<T> counted = keep_lanes<T>(z, lanes, -infinity);
       largest = counted > largest ? counted : largest;
     });
@@ -133,28 +134,28 @@ BlockSum sum_block(const T* dots, int64_t size, LogitMap<T> map, bool bounded) {
   // NB: z - maximum would be NaN. Every logit is -inf (a mask) or NaN, or one is +inf and so is the sum.
   if (maximum == -infinity || maximum == infinity) {
     double sum_or_nan = maximum == infinity ? 1.0 : 0.0;
-    for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
+    for_each_vector(products, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
       for (int lane = 0; lane < lanes; ++lane) {
         sum_or_nan = z[lane] == z[lane] ? sum_or_nan : static_cast<double>(z[lane]);
       }
     });
     return {static_cast<double>(maximum), sum_or_nan, static_cast<double>(maximum)};
   }
-  for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
+  for_each_vector(products, size, map, [&](Vector<T> z, Vector<T>, int64_t, int lanes) {
     sum += keep_lanes<T>(exp(z - maximum), lanes, T(0));
   });
   return {static_cast<double>(maximum), static_cast<double>(sum_lanes<T>(sum)), static_cast<double>(maximum)};
 }
 
 template <typename T>
-void softmax_row(const T* dots, T* out, int64_t size, LogitMap<T> map, double lse, bool times_inverse_norms) {
+void softmax_row(const T* products, T* out, int64_t size, LogitMap<T> map, double lse, bool times_class_factors) {
   const T high = static_cast<T>(lse);
   const double rest = lse - static_cast<double>(high);
   const T low = rest - rest == 0.0 ? static_cast<T>(rest) : T(0); // 0 where the lse is not finite
-  for_each_vector(dots, size, map, [&](Vector<T> z, Vector<T> inverse, int64_t j, int lanes) {
+  for_each_vector(products, size, map, [&](Vector<T> z, Vector<T> class_factor, int64_t j, int lanes) {
     const Vector<T> exponent = (z - high) - low;
-    const Vector<T> q = exp(exponent) * (times_inverse_norms ? inverse : Vector<T>{} + T(1));
-    const Vector<T> flushed = exponent < T(-50) ? Vector<T>{} : q; // NaN stays
+    const Vector<T> q = exp(exponent) * (times_class_factors ? class_factor : Vector<T>{} + T(1));
+    const Vector<T> flushed = exponent < T(kFlush) ? Vector<T>{} : q; // NaN stays
     if (lanes == kLanes<T>) {
       store(out + j, flushed);
     } else {

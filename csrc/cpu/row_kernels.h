@@ -15,12 +15,12 @@ struct BlockSum {
   double maximum;
 };
 
-// The affine map from raw products to logits: z_j = scale * inverse_norm_j * dot_j + bias_j.
+// The affine map from raw products to logits: z_j = scale * class_factor_j * product_j + bias_j.
 // Pointers may be nullptr: 1 and 0.
 template <typename T>
 struct LogitMap {
   T scale;
-  const T* inverse_norms;
+  const T* class_factors;
   const T* bias;
 };
 
@@ -33,10 +33,10 @@ struct RowKernels {
   // sum_k += factor * row_k.
   void (*add_row)(double* sum, const T* row, int64_t size, double factor);
   // `bounded`: the shift is 0, else the largest z. size <= kBlock.
-  BlockSum (*sum_block)(const T* dots, int64_t size, LogitMap<T> map, bool bounded);
-  // out_j = exp(z_j - lse) (times inverse_norm_j), exactly 0 below exp(-50). The lse is not rounded to T: near the
+  BlockSum (*sum_block)(const T* products, int64_t size, LogitMap<T> map, bool bounded);
+  // out_j = exp(z_j - lse) (times class_factor_j), exactly 0 below exp(-50). The lse is not rounded to T: near the
   // largest logit z - lse is exact, and so is the factor that all of the row share.
-  void (*softmax_row)(const T* dots, T* out, int64_t size, LogitMap<T> map, double lse, bool times_inverse_norms);
+  void (*softmax_row)(const T* products, T* out, int64_t size, LogitMap<T> map, double lse, bool times_class_factors);
   // out = unscale (row - (row . w) inverse_norm^2 w): takes the part along w away; with
   // inverse_norm 0 nothing. `out` may be `row`.
   void (*project_row)(const T* row, const T* w, T* out, int64_t size, T inverse_norm, T unscale);

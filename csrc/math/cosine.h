@@ -22,37 +22,6 @@ TORCHMARGIN_HOST_DEVICE inline Angle angle_of_cosine(double cosine) {
   return angle;
 }
 
-// dE/dc at c = +-1, where the sine of theta is 0.
-TORCHMARGIN_HOST_DEVICE inline double
-extended_cosine_slope_at_the_end(const MarginParameters& parameters, const Angle& angle, double m2) {
-  constexpr double kPi = 3.14159265358979323846;
-  const double m1 = parameters.m1;
-  const double phi = m1 * angle.theta + m2;
-  switch (parameters.extension) {
-    case Extension::linear:
-    case Extension::continuous:
-      if (phi > kPi && m2 != 0.0) {
-        return 1.0;
-      }
-      break;
-    case Extension::easy:
-      if (!(angle.cosine > 0.0)) {
-        return 1.0;
-      }
-      break;
-    case Extension::clip:
-      if (phi < 0.0 || phi > kPi) {
-        return 0.0;
-      }
-      break;
-    case Extension::monotonic:
-      return m1 * m1 * std::fabs(std::cos(phi));
-    case Extension::none:
-      break;
-  }
-  return m1 * m1 * std::cos(phi) * angle.cosine;
-}
-
 struct CosineMarginValue {
   double psi;
   double dcosine; // d(psi)/dc
@@ -71,8 +40,7 @@ apply_margin_to_cosine(const MarginParameters& parameters, double cosine, double
     return {value.psi, 1.0, value.dm2};
   }
   if (angle.sine == 0.0) {
-    const double slope = extended_cosine_slope_at_the_end(parameters, angle, m2);
-    return {value.psi, 1.0 - mu + mu * slope, value.dm2};
+    return {value.psi, value.end_slope, value.dm2};
   }
   return {value.psi, -value.dtheta / angle.sine, value.dm2};
 }

@@ -74,25 +74,33 @@
 #define TORCHMARGIN_PACKED_COSINE_ARGUMENTS cosine, TORCHMARGIN_PACKED_MARGINS_ARGUMENTS, numbers
 
 // What a forward is asked for, and what a backward is given: see ForwardRequest and BackwardRequest.
-#define TORCHMARGIN_FORWARD_REQUEST_SCHEMA ", int? ignore_index, bool with_logit_sum, int kept_classes"
-#define TORCHMARGIN_FORWARD_REQUEST_PARAMETERS \
-  [[maybe_unused]] std::optional<int64_t> ignore_index, bool with_logit_sum, int64_t kept_classes
+#define TORCHMARGIN_FORWARD_REQUEST_SCHEMA \
+  ", int? ignore_index, bool with_logit_sum, int kept_classes, Tensor? row_state"
+#define TORCHMARGIN_FORWARD_REQUEST_PARAMETERS                                    \
+  std::optional<int64_t> ignore_index, bool with_logit_sum, int64_t kept_classes, \
+      const std::optional<at::Tensor>&row_state
+#define TORCHMARGIN_FORWARD_REQUEST_ARGUMENTS ignore_index, with_logit_sum, kept_classes, row_state
 #define TORCHMARGIN_UPSTREAM_SCHEMA ", Tensor? grad_other_lse, Tensor? grad_target_logit, Tensor? grad_logit_sum"
 #define TORCHMARGIN_UPSTREAM_PARAMETERS                                                              \
   const std::optional<at::Tensor>&grad_other_lse, const std::optional<at::Tensor>&grad_target_logit, \
       const std::optional<at::Tensor>&grad_logit_sum
 #define TORCHMARGIN_UPSTREAM_ARGUMENTS grad_other_lse, grad_target_logit, grad_logit_sum
-#define TORCHMARGIN_BACKWARD_REQUEST_SCHEMA                                                                        \
-  TORCHMARGIN_UPSTREAM_SCHEMA ", Tensor other_lse, Tensor kept, Tensor inverse_norms, Tensor weight_sum, bool[5] " \
-                              "wanted"
-#define TORCHMARGIN_BACKWARD_REQUEST_PARAMETERS                                         \
-  TORCHMARGIN_UPSTREAM_PARAMETERS, const at::Tensor &other_lse, const at::Tensor &kept, \
-      const at::Tensor &inverse_norms, const at::Tensor &weight_sum, std::array<bool, 5> wanted
+#define TORCHMARGIN_BACKWARD_REQUEST_SCHEMA                                                                           \
+  TORCHMARGIN_UPSTREAM_SCHEMA                                                                                         \
+  ", Tensor other_lse, Tensor kept, Tensor inverse_norms, Tensor weight_sum, Tensor row_state, Tensor weight_scale, " \
+  "bool[5] wanted"
+#define TORCHMARGIN_BACKWARD_REQUEST_PARAMETERS                                                   \
+  TORCHMARGIN_UPSTREAM_PARAMETERS, const at::Tensor &other_lse, const at::Tensor &kept,           \
+      const at::Tensor &inverse_norms, const at::Tensor &weight_sum, const at::Tensor &row_state, \
+      const at::Tensor &weight_scale, std::array<bool, 5> wanted
 #define TORCHMARGIN_BACKWARD_REQUEST_ARGUMENTS \
-  TORCHMARGIN_UPSTREAM_ARGUMENTS, other_lse, kept, inverse_norms, weight_sum, wanted
-#define TORCHMARGIN_LOGITS_BACKWARD_REQUEST_SCHEMA ", Tensor grad_logits, Tensor inverse_norms, bool[5] wanted"
-#define TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS \
-  const at::Tensor &grad_logits, const at::Tensor &inverse_norms, std::array<bool, 5> wanted
+  TORCHMARGIN_UPSTREAM_ARGUMENTS, other_lse, {kept, inverse_norms, weight_sum, row_state, weight_scale}, wanted
+#define TORCHMARGIN_LOGITS_BACKWARD_REQUEST_SCHEMA \
+  ", Tensor grad_logits, Tensor inverse_norms, Tensor row_state, bool[5] wanted"
+#define TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS                                         \
+  const at::Tensor &grad_logits, const at::Tensor &inverse_norms, const at::Tensor &row_state, \
+      std::array<bool, 5> wanted
+#define TORCHMARGIN_LOGITS_BACKWARD_REQUEST_ARGUMENTS grad_logits, inverse_norms, row_state, wanted
 #define TORCHMARGIN_COSINE_BACKWARD_REQUEST_SCHEMA TORCHMARGIN_UPSTREAM_SCHEMA ", Tensor other_lse, bool[3] wanted"
 #define TORCHMARGIN_COSINE_BACKWARD_REQUEST_PARAMETERS \
   TORCHMARGIN_UPSTREAM_PARAMETERS, const at::Tensor &other_lse, std::array<bool, 3> wanted

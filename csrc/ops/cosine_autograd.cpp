@@ -75,7 +75,7 @@ CosineTuple margin_cosine_backward_autograd(
   };
   const Tensors gradients = differentiable_backward(
       "MarginCosineDoubleBackward", arguments_of(TORCHMARGIN_PACKED_COSINE_ARGUMENTS), {TORCHMARGIN_UPSTREAM_ARGUMENTS},
-      {wanted.begin(), wanted.end()}, below, formula_of(numbers));
+      std::vector<bool>(wanted.begin(), wanted.end()), below, formula_of(numbers));
   static_assert(std::tuple_size_v<CosineTuple> == kInputs);
   return {gradients[0], gradients[1], gradients[2]};
 }

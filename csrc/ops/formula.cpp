@@ -170,9 +170,6 @@ ForwardResult linear_formula(const LinearProblem& p, bool mark_seam) {
   result.target_angle = target.theta.to(p.acc());
   result.max_other_logit =
       logits.detach().masked_fill(own, -std::numeric_limits<double>::infinity()).amax(at::IntArrayRef{1});
-  result.kept = at::empty_symint({p.input.sym_size(0), 0}, logits.options().requires_grad(false));
-  result.inverse_norms = at::empty({0}, result.kept.options());
-  result.weight_sum = at::empty({0}, result.kept.options().dtype(at::kDouble));
   return result;
 }
 

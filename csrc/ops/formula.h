@@ -8,7 +8,7 @@
 
 namespace torchmargin {
 
-// What the private forward of the linear ops returns; kept, inverse_norms and weight_sum are empty.
+// What the private forward of the linear ops returns, without a record.
 // mark_seam: a target's logit and its derivatives are NaN where they have no second derivative:
 // at theta = 0 and pi, and at a zero row that is not normalised, unless no angle is added to theta.
 ForwardResult linear_formula(const LinearProblem& problem, bool mark_seam);

@@ -76,32 +76,29 @@ Gradients to_gradients(const Tensors& found) {
 ForwardTuple linear_margin_forward_autograd(
     TORCHMARGIN_PACKED_LINEAR_PARAMETERS,
     TORCHMARGIN_FORWARD_REQUEST_PARAMETERS) {
-  enum Place { other_lse, target_logit, logit_sum, target_angle, max_other_logit, kept, inverse_norms, weight_sum };
+  constexpr size_t kRecord = 5; // the place of the record among the results
   const LinearProblem problem = unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
   const auto below = [&] {
-    const ForwardResult r = call_linear_forward(problem, {ignore_index, with_logit_sum, kept_classes});
-    return Tensors{r.other_lse,       r.target_logit, r.logit_sum,     r.target_angle,
-                   r.max_other_logit, r.kept,         r.inverse_norms, r.weight_sum};
+    const ForwardTuple result = to_tuple(call_linear_forward(problem, {TORCHMARGIN_FORWARD_REQUEST_ARGUMENTS}));
+    return std::apply([](const auto&... tensor) { return Tensors{tensor...}; }, result);
   };
   const auto backward = [numbers = numbers.vec()](
                             const Tensors& grads, const Tensors& saved, const std::vector<bool>& wanted) {
+    const at::Tensor* const record = &saved[kTensors + 1];
     return to_vector(call_linear_backward(
         problem_of(saved, numbers),
         {.grad_other_lse = optional(grads[0]),
          .grad_target_logit = optional(grads[1]),
          .grad_logit_sum = optional(grads[2]),
          .other_lse = saved[kTensors],
-         .kept = saved[kTensors + 1],
-         .inverse_norms = saved[kTensors + 2],
-         .weight_sum = saved[kTensors + 3],
+         .record = {record[0], record[1], record[2], record[3], record[4]},
          .wanted = first_of(wanted)}));
   };
   const Tensors r = differentiable_forward(
       "LinearMarginBackward", arguments_of(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), /*outputs=*/3,
-      {other_lse, kept, inverse_norms, weight_sum}, below, [&] { return lse_results(problem, /*mark_seam=*/false); },
-      backward);
-  return {r[other_lse],       r[target_logit], r[logit_sum],     r[target_angle],
-          r[max_other_logit], r[kept],         r[inverse_norms], r[weight_sum]};
+      {/*other_lse*/ 0, kRecord, kRecord + 1, kRecord + 2, kRecord + 3, kRecord + 4}, below,
+      [&] { return lse_results(problem, /*mark_seam=*/false); }, backward);
+  return {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9]};
 }
 
 BackwardTuple linear_margin_backward_autograd(
@@ -113,25 +110,28 @@ BackwardTuple linear_margin_backward_autograd(
   };
   return to_tuple(to_gradients(differentiable_backward(
       "LinearMarginDoubleBackward", arguments_of(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), {TORCHMARGIN_UPSTREAM_ARGUMENTS},
-      {wanted.begin(), wanted.end()}, below, formula_of(lse_results, numbers))));
+      std::vector<bool>(wanted.begin(), wanted.end()), below, formula_of(lse_results, numbers))));
 }
 
 LogitsTuple margin_logits_forward_autograd(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
   const LinearProblem problem = unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
   const auto below = [&] {
     const LogitsResult result = call_logits_forward(problem);
-    return Tensors{result.logits, result.inverse_norms};
+    return Tensors{result.logits, result.inverse_norms, result.row_state};
   };
   const auto backward = [numbers = numbers.vec()](
                             const Tensors& grads, const Tensors& saved, const std::vector<bool>& wanted) {
     return to_vector(call_logits_backward(
         problem_of(saved, numbers),
-        {.grad_logits = grads[0], .inverse_norms = saved[kTensors], .wanted = first_of(wanted)}));
+        {.grad_logits = grads[0],
+         .inverse_norms = saved[kTensors],
+         .row_state = saved[kTensors + 1],
+         .wanted = first_of(wanted)}));
   };
   const Tensors results = differentiable_forward(
-      "MarginLogitsBackward", arguments_of(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), /*outputs=*/1, /*keep=*/{1}, below,
+      "MarginLogitsBackward", arguments_of(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), /*outputs=*/1, /*keep=*/{1, 2}, below,
       [&] { return logits_results(problem, /*mark_seam=*/false); }, backward);
-  return {results[0], results[1]};
+  return {results[0], results[1], results[2]};
 }
 
 BackwardTuple margin_logits_backward_autograd(
@@ -139,11 +139,11 @@ BackwardTuple margin_logits_backward_autograd(
     TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS) {
   const auto below = [&] {
     return to_vector(call_logits_backward(
-        unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), {grad_logits, inverse_norms, wanted}));
+        unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), {TORCHMARGIN_LOGITS_BACKWARD_REQUEST_ARGUMENTS}));
   };
   return to_tuple(to_gradients(differentiable_backward(
       "MarginLogitsDoubleBackward", arguments_of(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS), {grad_logits},
-      {wanted.begin(), wanted.end()}, below, formula_of(logits_results, numbers))));
+      std::vector<bool>(wanted.begin(), wanted.end()), below, formula_of(logits_results, numbers))));
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, Autograd, library) {

@@ -12,7 +12,7 @@ namespace {
 ForwardTuple linear_margin_forward_meta(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TORCHMARGIN_FORWARD_REQUEST_PARAMETERS) {
   constexpr std::string_view op = "_linear_margin_forward";
   const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
-  check_request(op, problem, ForwardRequest{ignore_index, with_logit_sum, kept_classes});
+  check_request(op, problem, ForwardRequest{TORCHMARGIN_FORWARD_REQUEST_ARGUMENTS});
   const auto options = input.options().dtype(problem.acc());
   const auto wide = input.options().dtype(at::kDouble);
   const c10::SymInt rows = input.sym_size(0);
@@ -22,9 +22,12 @@ ForwardTuple linear_margin_forward_meta(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TO
   };
   return to_tuple(ForwardResult{
       vector(rows, wide), vector(rows, wide), vector(rows, wide), vector(rows, options), vector(rows, options),
-      at::empty_symint({rows, kept}, options),
-      vector(problem.normalize_weight ? weight.sym_size(0) : c10::SymInt(0), options),
-      vector(with_logit_sum ? input.sym_size(1) : c10::SymInt(0), wide)});
+      ForwardRecord{
+          .kept = at::empty_symint({rows, kept}, options),
+          .inverse_norms = vector(problem.normalize_weight ? weight.sym_size(0) : c10::SymInt(0), options),
+          .weight_sum = vector(with_logit_sum ? input.sym_size(1) : c10::SymInt(0), wide),
+          .row_state = at::empty_symint({rows, kRowStateSize}, wide),
+          .weight_scale = vector(problem.normalize_weight ? 0 : 1, wide)}});
 }
 
 BackwardTuple gradients_meta(const LinearProblem& problem, const std::array<bool, 5>& wanted) {
@@ -54,7 +57,8 @@ LogitsTuple margin_logits_forward_meta(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
   const c10::SymInt classes = weight.sym_size(0);
   return {
       at::empty_symint({input.sym_size(0), classes}, options),
-      at::empty_symint({problem.normalize_weight ? classes : c10::SymInt(0)}, options)};
+      at::empty_symint({problem.normalize_weight ? classes : c10::SymInt(0)}, options),
+      at::empty_symint({input.sym_size(0), kRowStateSize}, options.dtype(at::kDouble))};
 }
 
 BackwardTuple margin_logits_backward_meta(
@@ -62,7 +66,7 @@ BackwardTuple margin_logits_backward_meta(
     TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS) {
   constexpr std::string_view op = "_margin_logits_backward";
   const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
-  check_request(op, problem, LogitsBackwardRequest{grad_logits, inverse_norms, wanted});
+  check_request(op, problem, LogitsBackwardRequest{TORCHMARGIN_LOGITS_BACKWARD_REQUEST_ARGUMENTS});
   return gradients_meta(problem, wanted);
 }
 

@@ -103,12 +103,6 @@ std::vector<double> numbers_of(const LinearProblem& problem) {
   return std::move(writer.numbers);
 }
 
-void check_request(std::string_view op, const LinearProblem& problem, const ForwardRequest& request) {
-  TORCH_CHECK(
-      request.kept_classes >= 0 && (request.kept_classes == 0 || problem.weight.sym_size(0) >= request.kept_classes),
-      op, ": expected kept_classes in [0, ", problem.weight.sym_size(0), "], but got ", request.kept_classes);
-}
-
 namespace {
 
 void check_inverse_norms(std::string_view op, const LinearProblem& problem, const at::Tensor& inverse_norms) {
@@ -116,34 +110,51 @@ void check_inverse_norms(std::string_view op, const LinearProblem& problem, cons
   check_returned(op, "inverse_norms", inverse_norms, {classes}, problem.acc());
 }
 
+void check_row_state(std::string_view op, const LinearProblem& problem, const at::Tensor& row_state) {
+  check_returned(op, "row_state", row_state, {problem.input.sym_size(0), kRowStateSize}, at::kDouble);
+}
+
 } // namespace
 
+void check_request(std::string_view op, const LinearProblem& problem, const ForwardRequest& request) {
+  TORCH_CHECK(
+      request.kept_classes >= 0 && (request.kept_classes == 0 || problem.weight.sym_size(0) >= request.kept_classes),
+      op, ": expected kept_classes in [0, ", problem.weight.sym_size(0), "], but got ", request.kept_classes);
+  if (request.row_state.has_value()) {
+    check_row_state(op, problem, *request.row_state);
+  }
+}
+
 void check_request(std::string_view op, const LinearProblem& problem, const BackwardRequest& request) {
+  const ForwardRecord& record = request.record;
   const c10::SymInt rows = problem.input.sym_size(0);
   const c10::SymInt classes = problem.weight.sym_size(0);
   check_upstream(op, "grad_other_lse", request.grad_other_lse, problem.input);
   check_upstream(op, "grad_target_logit", request.grad_target_logit, problem.input);
   check_upstream(op, "grad_logit_sum", request.grad_logit_sum, problem.input);
   check_returned(op, "other_lse", request.other_lse, {rows}, at::kDouble);
-  check_inverse_norms(op, problem, request.inverse_norms);
+  check_inverse_norms(op, problem, record.inverse_norms);
   TORCH_CHECK(
-      request.kept.dim() == 2 && request.kept.sym_size(0) == rows &&
-          (request.kept.sym_size(1) <= classes || request.kept.sym_size(1) == kept_columns(classes, classes)),
-      op, ": expected kept to have shape [", rows, ", at most ", classes, "], but got ", request.kept.sym_sizes());
-  check_returned(op, "kept", request.kept, request.kept.sym_sizes(), problem.acc());
+      record.kept.dim() == 2 && record.kept.sym_size(0) == rows &&
+          (record.kept.sym_size(1) <= classes || record.kept.sym_size(1) == kept_columns(classes, classes)),
+      op, ": expected kept to have shape [", rows, ", at most ", classes, "], but got ", record.kept.sym_sizes());
+  check_returned(op, "kept", record.kept, record.kept.sym_sizes(), problem.acc());
   if (request.grad_logit_sum.has_value()) {
-    check_returned(op, "weight_sum", request.weight_sum, {problem.input.sym_size(1)}, at::kDouble);
+    check_returned(op, "weight_sum", record.weight_sum, {problem.input.sym_size(1)}, at::kDouble);
   }
+  check_row_state(op, problem, record.row_state);
+  check_returned(op, "weight_scale", record.weight_scale, {problem.normalize_weight ? 0 : 1}, at::kDouble);
 }
 
 void check_request(std::string_view op, const LinearProblem& problem, const LogitsBackwardRequest& request) {
   check_shape(op, "grad_logits", request.grad_logits, {problem.input.sym_size(0), problem.weight.sym_size(0)});
   check_inverse_norms(op, problem, request.inverse_norms);
+  check_row_state(op, problem, request.row_state);
 }
 
 ForwardTuple to_tuple(const ForwardResult& r) {
-  return {r.other_lse,       r.target_logit, r.logit_sum,     r.target_angle,
-          r.max_other_logit, r.kept,         r.inverse_norms, r.weight_sum};
+  return {r.other_lse,   r.target_logit,         r.logit_sum,         r.target_angle,     r.max_other_logit,
+          r.record.kept, r.record.inverse_norms, r.record.weight_sum, r.record.row_state, r.record.weight_scale};
 }
 
 BackwardTuple to_tuple(const Gradients& g) {
@@ -151,7 +162,7 @@ BackwardTuple to_tuple(const Gradients& g) {
 }
 
 LogitsTuple to_tuple(const LogitsResult& r) {
-  return {r.logits, r.inverse_norms};
+  return {r.logits, r.inverse_norms, r.row_state};
 }
 
 namespace {
@@ -174,9 +185,12 @@ ForwardResult call_linear_forward(const LinearProblem& p, const ForwardRequest& 
   static const auto op =
       find_op<ForwardTuple(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TORCHMARGIN_FORWARD_REQUEST_PARAMETERS)>(
           "torchmargin::_linear_margin_forward");
-  auto [other_lse, target_logit, logit_sum, target_angle, max_other_logit, kept, inverse_norms, weight_sum] =
-      call(op, p, request.ignore_index, request.with_logit_sum, request.kept_classes);
-  return {other_lse, target_logit, logit_sum, target_angle, max_other_logit, kept, inverse_norms, weight_sum};
+  auto
+      [other_lse, target_logit, logit_sum, target_angle, max_other_logit, kept, inverse_norms, weight_sum, row_state,
+       weight_scale] =
+          call(op, p, request.ignore_index, request.with_logit_sum, request.kept_classes, request.row_state);
+  return {other_lse,    target_logit,    logit_sum,
+          target_angle, max_other_logit, {kept, inverse_norms, weight_sum, row_state, weight_scale}};
 }
 
 Gradients call_linear_backward(const LinearProblem& p, const BackwardRequest& request) {
@@ -184,22 +198,23 @@ Gradients call_linear_backward(const LinearProblem& p, const BackwardRequest& re
       find_op<BackwardTuple(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TORCHMARGIN_BACKWARD_REQUEST_PARAMETERS)>(
           "torchmargin::_linear_margin_backward");
   return to_gradients(call(
-      op, p, request.grad_other_lse, request.grad_target_logit, request.grad_logit_sum, request.other_lse, request.kept,
-      request.inverse_norms, request.weight_sum, request.wanted));
+      op, p, request.grad_other_lse, request.grad_target_logit, request.grad_logit_sum, request.other_lse,
+      request.record.kept, request.record.inverse_norms, request.record.weight_sum, request.record.row_state,
+      request.record.weight_scale, request.wanted));
 }
 
 LogitsResult call_logits_forward(const LinearProblem& p) {
   static const auto op =
       find_op<LogitsTuple(TORCHMARGIN_PACKED_LINEAR_PARAMETERS)>("torchmargin::_margin_logits_forward");
-  auto [logits, inverse_norms] = call(op, p);
-  return {logits, inverse_norms};
+  auto [logits, inverse_norms, row_state] = call(op, p);
+  return {logits, inverse_norms, row_state};
 }
 
 Gradients call_logits_backward(const LinearProblem& p, const LogitsBackwardRequest& request) {
   static const auto op =
       find_op<BackwardTuple(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS)>(
           "torchmargin::_margin_logits_backward");
-  return to_gradients(call(op, p, request.grad_logits, request.inverse_norms, request.wanted));
+  return to_gradients(call(op, p, request.grad_logits, request.inverse_norms, request.row_state, request.wanted));
 }
 
 } // namespace torchmargin

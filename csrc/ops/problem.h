@@ -18,6 +18,8 @@
 
 namespace torchmargin {
 
+constexpr int64_t kRowStateSize = 4; // numbers in a row of row_state
+
 struct LinearProblem {
   at::Tensor input; // [B, D], floating
   at::Tensor weight; // [C, D], like input
@@ -48,6 +50,17 @@ struct ForwardRequest {
   std::optional<int64_t> ignore_index;
   bool with_logit_sum = true; // false: logit_sum is not needed and returned as 0
   int64_t kept_classes = 0; // leading classes whose products are kept for the backward
+  // [B, 4] float64 as a forward returned it, of the weight that holds the targets; none: made of this one.
+  std::optional<at::Tensor> row_state = std::nullopt;
+};
+
+// What a backward needs of its forward beside other_lse.
+struct ForwardRecord {
+  at::Tensor kept; // [B, kept_classes] acc: raw products, chunk after chunk
+  at::Tensor inverse_norms; // [C] acc, or [0] if weights are taken as they are
+  at::Tensor weight_sum; // [D] float64 sum of the weights' rows, or [0] without logit_sum
+  at::Tensor row_state; // [B, 4] float64: see RowState in sweep/kernels.h
+  at::Tensor weight_scale; // [1] float64: the power of two in the operands of weights that are not normalised, or [0]
 };
 
 struct ForwardResult {
@@ -57,9 +70,7 @@ struct ForwardResult {
   at::Tensor logit_sum;
   at::Tensor target_angle; // [B] acc
   at::Tensor max_other_logit; // [B]
-  at::Tensor kept; // [B, kept_classes] acc: raw products, chunk after chunk
-  at::Tensor inverse_norms; // [C] acc, or [0] if weights are taken as they are
-  at::Tensor weight_sum; // [D] float64 sum of the weights' rows, or [0] without logit_sum
+  ForwardRecord record;
 };
 
 struct BackwardRequest {
@@ -67,7 +78,8 @@ struct BackwardRequest {
   std::optional<at::Tensor> grad_other_lse;
   std::optional<at::Tensor> grad_target_logit;
   std::optional<at::Tensor> grad_logit_sum;
-  at::Tensor other_lse, kept, inverse_norms, weight_sum; // as the forward returned them
+  at::Tensor other_lse; // as the forward returned it
+  ForwardRecord record;
   std::array<bool, 5> wanted{}; // input, weight, bias, sample_m2, sample_m3
 };
 
@@ -77,12 +89,14 @@ using Gradients = std::array<at::Tensor, 5>;
 // margin_logits' private ops.
 struct LogitsResult {
   at::Tensor logits; // [B, C] acc
-  at::Tensor inverse_norms; // as ForwardResult has them
+  at::Tensor inverse_norms; // as ForwardRecord has them
+  at::Tensor row_state;
 };
 
 struct LogitsBackwardRequest {
   at::Tensor grad_logits; // [B, C] acc
   at::Tensor inverse_norms; // as the forward returned them
+  at::Tensor row_state;
   std::array<bool, 5> wanted{}; // as BackwardRequest::wanted
 };
 
@@ -92,10 +106,19 @@ void check_request(std::string_view op, const LinearProblem& problem, const Back
 void check_request(std::string_view op, const LinearProblem& problem, const LogitsBackwardRequest& request);
 
 // What the operators return to the dispatcher.
-using ForwardTuple =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using ForwardTuple = std::tuple<
+    at::Tensor,
+    at::Tensor,
+    at::Tensor,
+    at::Tensor,
+    at::Tensor,
+    at::Tensor,
+    at::Tensor,
+    at::Tensor,
+    at::Tensor,
+    at::Tensor>;
 using BackwardTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using LogitsTuple = std::tuple<at::Tensor, at::Tensor>;
+using LogitsTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 ForwardTuple to_tuple(const ForwardResult& result);
 BackwardTuple to_tuple(const Gradients& gradients);
 LogitsTuple to_tuple(const LogitsResult& result);

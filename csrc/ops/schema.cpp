@@ -27,11 +27,13 @@ TORCH_LIBRARY(torchmargin, library) {
   // Private: the forward with what its backward needs, and that backward. See ops/problem.h.
   library.def("_linear_margin_forward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA TORCHMARGIN_FORWARD_REQUEST_SCHEMA
               ") -> (Tensor other_lse, Tensor target_logit, Tensor logit_sum, Tensor target_angle, "
-              "Tensor max_other_logit, Tensor kept, Tensor inverse_norms, Tensor weight_sum)");
+              "Tensor max_other_logit, Tensor kept, Tensor inverse_norms, Tensor weight_sum, Tensor row_state, "
+              "Tensor weight_scale)");
   library.def("_linear_margin_backward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA TORCHMARGIN_BACKWARD_REQUEST_SCHEMA
               ") -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_sample_m2, "
               "Tensor grad_sample_m3)");
-  library.def("_margin_logits_forward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA ") -> (Tensor logits, Tensor inverse_norms)");
+  library.def("_margin_logits_forward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA
+              ") -> (Tensor logits, Tensor inverse_norms, Tensor row_state)");
   library.def("_margin_logits_backward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA TORCHMARGIN_LOGITS_BACKWARD_REQUEST_SCHEMA
               ") -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_sample_m2, "
               "Tensor grad_sample_m3)");

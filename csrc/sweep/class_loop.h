@@ -1,5 +1,4 @@
-// What the forward and the backward sweep share: a problem, its plan, and the loop over
-// chunks of classes and tiles of rows.
+// What all sweeps share: a problem, its plan, and the loop over chunks of classes and tiles of rows.
 #pragma once
 
 #include <ATen/ThreadLocalState.h>
@@ -10,7 +9,7 @@
 
 #include "ops/problem.h"
 #include "plan/sweep_plan.h"
-#include "sweep/kernels.h"
+#include "sweep/device.h"
 #include "sweep/raw.h"
 
 namespace torchmargin {
@@ -29,15 +28,32 @@ enum class Operands {
 at::Tensor rows_of(const at::Tensor& tensor, Range rows);
 at::Tensor columns_of(const at::Tensor& matrix, Range columns);
 
+// Can a product of such operands read these rows as they are?
+bool reads_in_place(const at::Tensor& matrix, const OperandFormat& operands);
+
 class ClassLoop {
  public:
-  ClassLoop(const LinearProblem& problem, const SweepKernels& kernels, Operands operands = Operands::as_allowed);
+  // `weight_scale`: as the forward's record has it, if there has been one.
+  ClassLoop(
+      const LinearProblem& problem,
+      const Device& device,
+      Operands operands = Operands::as_allowed,
+      const at::Tensor& weight_scale = at::Tensor());
 
   const LinearProblem& problem() const {
     return problem_;
   }
+  const MarginParameters& margin() const {
+    return problem_.margins.parameters;
+  }
+  const DeviceTraits& traits() const {
+    return device_.traits;
+  }
   const SweepKernels& kernels() const {
-    return kernels_;
+    return device_.kernels;
+  }
+  const TileSteps& steps() const {
+    return device_.steps;
   }
   const SweepSizes& sizes() const {
     return plan_.sizes;
@@ -63,6 +79,11 @@ class ClassLoop {
   bool bounded() const {
     return bounded_;
   }
+  // The power of two that operands of weights which are not normalised were multiplied by, [1] float64; or
+  // undefined: 1.
+  const at::Tensor& weight_scale() const {
+    return weight_scale_;
+  }
 
   // Fresh memory for results of dtype acc (or another), and zeros in float64.
   at::Tensor empty(at::IntArrayRef shape) const;
@@ -76,7 +97,7 @@ class ClassLoop {
   template <typename Body>
   void for_each_chunk(int64_t kept_classes, Body body) const {
     const at::ThreadLocalState state; // other lanes run on other threads
-    kernels_.run_lanes(plan().lanes, [&](int64_t lane) {
+    kernels().run_lanes(plan().lanes, [&](int64_t lane) {
       const at::ThreadLocalStateGuard guard(state);
       int64_t chunk = 0;
       for (int64_t begin = 0; begin < sizes().classes; ++chunk) {
@@ -108,20 +129,15 @@ class ClassLoop {
       double* weight_sum = nullptr) const;
   // Room for one chunk of converted weights; undefined where none are.
   at::Tensor weight_buffer() const;
-  // The power of two that operands of weights which are not normalised were multiplied by, [1] float64; or
-  // undefined: 1.
-  const at::Tensor& weight_scale() const {
-    return weight_scale_;
-  }
 
-  // Room for a tile's logits or softmax weights, and a tile in it.
+  // Room for a tile's products or softmax weights, and a tile in it.
   at::Tensor tile_buffer(at::ScalarType dtype) const;
   at::Tensor tile_in(const at::Tensor& buffer, Range rows, Range classes) const;
 
   // What the kernels are told. `row_factors`: [B] acc, or undefined.
   TargetContext context() const;
-  LogitsTile describe(
-      const at::Tensor& logits,
+  ProductsTile describe(
+      const at::Tensor& products,
       Range rows,
       Range classes,
       const at::Tensor& inverse_norms,
@@ -130,9 +146,18 @@ class ClassLoop {
   // nothing is normalised.
   at::Tensor class_factors(Range classes, const at::Tensor& inverse_norms) const;
 
+  // The target of every row before the sweep: its state [B, 4] as it was given, or made; its logit [B] float64; its
+  // angle [B] acc.
+  struct TargetRows {
+    at::Tensor state;
+    at::Tensor logit;
+    at::Tensor angle;
+  };
+  TargetRows target_rows(const std::optional<at::Tensor>& given_state) const;
+
  private:
   const LinearProblem& problem_;
-  const SweepKernels& kernels_;
+  const Device& device_;
   at::TensorOptions options_;
   at::Tensor target_;
   SweepPlan plan_;
@@ -140,34 +165,5 @@ class ClassLoop {
   std::optional<at::Tensor> bias_;
   at::Tensor weight_scale_;
 };
-
-// The rows of the input as an operand: A_i or what stands for it (see OperandFormat), or A_i times a factor of each
-// row. Loaded once for all rows, or a tile at a time, as the plan says.
-class RowOperand {
- public:
-  // The operand of the logits.
-  explicit RowOperand(const ClassLoop& loop);
-  // A_i factor_i operand_scale; a row with factor 0 is 0, whatever it holds.
-  RowOperand(const ClassLoop& loop, const double* factor, const double* operand_scale);
-
-  // [row_count, D]; valid until the next call.
-  at::Tensor tile(Range rows) const;
-
- private:
-  RowOperand(const ClassLoop& loop, bool unit, const double* factor, const double* operand_scale);
-  void load(Range rows, const at::Tensor& to) const;
-
-  const ClassLoop& loop_;
-  bool unit_; // rows are brought to unit length
-  const double* factor_;
-  const double* operand_scale_;
-  bool whole_;
-  at::Tensor buffer_; // [B or row_tile, D], or undefined: the input is read where it is
-};
-
-// |x_i| of every row as 1 / |x_i|, [B] acc; `weighted_sum` [D] += factor_i A_i, where it is given.
-at::Tensor input_inverse_norms(const ClassLoop& loop, const double* factor = nullptr, double* weighted_sum = nullptr);
-// What the raw products of RowOperand(loop) lack of the row, [B] acc; undefined: nothing.
-at::Tensor row_factors(const ClassLoop& loop);
 
 } // namespace torchmargin

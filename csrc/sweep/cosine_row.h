@@ -4,7 +4,7 @@
 #include "math/cosine.h"
 #include "math/host_device.h"
 #include "sweep/cosine_kernels.h"
-#include "sweep/target_row.h"
+#include "sweep/target_rows.h"
 
 namespace torchmargin {
 

@@ -3,6 +3,8 @@
 
 #include <c10/core/ScalarType.h>
 
+#include <stdexcept>
+
 namespace torchmargin {
 
 // Calls body(T()) with T = double or float.
@@ -21,8 +23,10 @@ void with_dtype(c10::ScalarType dtype, Body body) {
       return body(float());
     case c10::ScalarType::Half:
       return body(c10::Half());
-    default:
+    case c10::ScalarType::BFloat16:
       return body(c10::BFloat16());
+    default:
+      throw std::logic_error("torchmargin: a kernel was given a dtype that it does not know");
   }
 }
 

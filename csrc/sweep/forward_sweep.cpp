@@ -1,84 +1,104 @@
-// The forward sweep: one chunk of classes after the other, product of a tile of rows with
-// it into a small workspace (or to where it is kept for the backward pass), one fused pass
-// over that. Nothing of size B x C exists.
+// The forward sweep: the targets first, then one chunk of classes after the other, each tile of rows scored against it
+// in a small workspace (or where its products are kept for the backward pass), then the lanes' sums combined. Nothing
+// of size B x C exists.
 #include <ATen/Functions.h>
 
 #include <limits>
 #include <vector>
 
 #include "sweep/class_loop.h"
-#include "sweep/class_sweep.h"
-#include "sweep/products.h"
+#include "sweep/row_operand.h"
+#include "sweep/sweeps.h"
 
 namespace torchmargin {
 namespace {
 
 struct Lane {
-  at::Tensor scratch; // a tile of logits, acc
+  at::Tensor products; // a tile, acc
   at::Tensor weight_buffer; // [class_chunk, D], if weights are converted
 };
 
-std::vector<Lane> make_lanes(const ClassLoop& loop, bool with_scratch) {
+std::vector<Lane> make_lanes(const ClassLoop& loop, bool with_products) {
   std::vector<Lane> lanes(loop.plan().lanes);
   for (Lane& lane : lanes) {
-    if (with_scratch) {
-      lane.scratch = loop.tile_buffer(loop.acc());
+    if (with_products) {
+      lane.products = loop.tile_buffer(loop.acc());
     }
     lane.weight_buffer = loop.weight_buffer();
   }
   return lanes;
 }
 
+// The running sums of every row, a set for each lane: [lanes, B] each.
+struct LaneSums {
+  at::Tensor shift, sum, maximum;
+
+  explicit LaneSums(const ClassLoop& loop)
+      : shift(
+            loop.double_zeros({loop.plan().lanes, loop.sizes().rows}).fill_(-std::numeric_limits<double>::infinity())),
+        sum(loop.double_zeros({loop.plan().lanes, loop.sizes().rows})),
+        maximum(shift.clone()) {}
+
+  RunningSums from(int64_t row) const {
+    return {shift.data_ptr<double>() + row, sum.data_ptr<double>() + row, maximum.data_ptr<double>() + row};
+  }
+};
+
 } // namespace
 
-ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& request, const SweepKernels& kernels) {
-  const ClassLoop loop(problem, kernels);
+ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& request, const Device& device) {
+  const ClassLoop loop(problem, device);
   const SweepSizes& sizes = loop.sizes();
   const int64_t lane_count = loop.plan().lanes;
-
+  const int64_t kept = request.kept_classes;
   ForwardResult result;
-  result.kept = loop.empty({sizes.rows, kept_columns(request.kept_classes, sizes.classes)});
-  result.inverse_norms = loop.empty({problem.normalize_weight ? sizes.classes : 0});
+  ForwardRecord& record = result.record;
+  record.kept = loop.empty({sizes.rows, kept_columns(kept, sizes.classes)});
+  record.inverse_norms = loop.empty({problem.normalize_weight ? sizes.classes : 0});
+  record.weight_scale = loop.weight_scale().defined()
+      ? loop.weight_scale()
+      : loop.double_zeros({problem.normalize_weight ? 0 : 1}).fill_(1.0);
 
-  // Each lane's running (shift, sum) and maximum of every row, and its sum of weights.
-  const at::Tensor shift = loop.double_zeros({lane_count, sizes.rows}).fill_(-std::numeric_limits<double>::infinity());
-  const at::Tensor sum = loop.double_zeros({lane_count, sizes.rows});
-  const at::Tensor maximum = shift.clone();
+  const ClassLoop::TargetRows targets = loop.target_rows(request.row_state);
+  record.row_state = targets.state;
+  result.target_logit = targets.logit;
+  result.target_angle = targets.angle;
+
+  const LaneSums sums(loop);
   const at::Tensor weight_sums = loop.double_zeros({lane_count, request.with_logit_sum ? sizes.features : 0});
-
   const RowOperand input(loop);
-  const at::Tensor factors = row_factors(loop);
-  const std::vector<Lane> lanes = make_lanes(loop, /*with_scratch=*/request.kept_classes < sizes.classes);
-  loop.for_each_chunk(request.kept_classes, [&](int64_t lane, Range classes) {
+  InputNorms norms(loop);
+  const at::Tensor factors = row_factors(loop, norms);
+  const std::vector<Lane> lanes = make_lanes(loop, /*with_products=*/kept < sizes.classes);
+  loop.for_each_chunk(kept, [&](int64_t lane, Range classes) {
     const at::Tensor weight = loop.load_weight(
-        classes, lanes[lane].weight_buffer, result.inverse_norms, pointer<double>(weight_sums.select(0, lane)));
+        classes, lanes[lane].weight_buffer, record.inverse_norms, pointer<double>(weight_sums.select(0, lane)));
     loop.for_each_tile([&](Range rows) {
-      const at::Tensor logits = classes.begin < request.kept_classes ? columns_of(rows_of(result.kept, rows), classes)
-                                                                     : loop.tile_in(lanes[lane].scratch, rows, classes);
-      multiply(logits, input.tile(rows), weight.t());
-      const auto of_tile = [&](const at::Tensor& state) {
-        return state.data_ptr<double>() + lane * sizes.rows + rows.begin;
-      };
-      kernels.accumulate_chunk(
-          {loop.describe(logits, rows, classes, result.inverse_norms, factors), loop.bounded(), of_tile(shift),
-           of_tile(sum), of_tile(maximum)},
-          loop.acc());
+      const at::Tensor products = classes.begin < kept ? columns_of(rows_of(record.kept, rows), classes)
+                                                       : loop.tile_in(lanes[lane].products, rows, classes);
+      const Tile tile{
+          input.tile(rows), weight, products, loop.describe(products, rows, classes, record.inverse_norms, factors)};
+      loop.steps().score(loop.kernels(), tile, sums.from(lane * sizes.rows + rows.begin), loop.bounded());
     });
   });
 
-  result.weight_sum = weight_sums.sum(0);
+  record.weight_sum = weight_sums.sum(0);
   const at::Tensor bias_sum = problem.bias.has_value() ? loop.bias()->sum(at::kDouble) : at::Tensor();
-  for (at::Tensor* vector : {&result.other_lse, &result.target_logit, &result.logit_sum}) {
-    *vector = loop.empty({sizes.rows}, at::kDouble);
-  }
-  for (at::Tensor* vector : {&result.target_angle, &result.max_other_logit}) {
-    *vector = loop.empty({sizes.rows});
-  }
-  kernels.target_pass(
-      {loop.context(), sizes.rows, lane_count, pointer<double>(shift), pointer<double>(sum), pointer<double>(maximum),
-       pointer<double>(result.weight_sum), pointer<double>(bias_sum), result.other_lse.data_ptr<double>(),
-       result.target_logit.data_ptr<double>(), result.logit_sum.data_ptr<double>(), result.target_angle.data_ptr(),
-       result.max_other_logit.data_ptr()},
+  result.other_lse = loop.empty({sizes.rows}, at::kDouble);
+  result.logit_sum = loop.empty({sizes.rows}, at::kDouble);
+  result.max_other_logit = loop.empty({sizes.rows});
+  loop.kernels().combine_rows(
+      {.context = loop.context(),
+       .rows = sizes.rows,
+       .state = row_state(record.row_state),
+       .target_logit = result.target_logit.data_ptr<double>(),
+       .lanes = lane_count,
+       .sums = sums.from(0),
+       .weight_sum = pointer<double>(record.weight_sum),
+       .bias_sum = pointer<double>(bias_sum),
+       .other_lse = result.other_lse.data_ptr<double>(),
+       .logit_sum = result.logit_sum.data_ptr<double>(),
+       .max_other_logit = result.max_other_logit.data_ptr()},
       loop.acc());
   return result;
 }

@@ -1,62 +1,60 @@
-// The forward sweep of margin_logits: every chunk's products are scaled where they stand in the
-// result, and the target pass puts the logits with a margin in their places.
+// The sweeps of margin_logits: every chunk's products are scaled where they stand in the result, and the logits with a
+// margin put in their places; backwards, the given gradients take the place of the softmax weights.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 
 #include <vector>
 
 #include "ops/target_place.h"
-#include "sweep/class_loop.h"
-#include "sweep/class_sweep.h"
-#include "sweep/products.h"
+#include "sweep/gradient_sweep.h"
+#include "sweep/sweeps.h"
+#include "sweep/tile_steps.h"
 
 namespace torchmargin {
 namespace {
 
-// Each row's logit of its own class, [B] acc; 0 where it is absent.
-at::Tensor target_logits(const ClassLoop& loop) {
-  const int64_t rows = loop.sizes().rows;
-  const at::Tensor wide = loop.double_zeros({3, rows});
-  const at::Tensor others = loop.empty({2, rows});
-  const auto result = [&](int64_t index) { return wide.select(0, index).data_ptr<double>(); };
-  loop.kernels().target_pass(
-      {loop.context(), rows, /*lanes=*/0, /*shift=*/nullptr, /*sum=*/nullptr, /*maximum=*/nullptr,
-       /*weight_sum=*/nullptr, /*bias_sum=*/nullptr, result(0), result(1), result(2), others.select(0, 0).data_ptr(),
-       others.select(0, 1).data_ptr()},
-      loop.acc());
-  return wide.select(0, 1).to(loop.acc());
+// Products to logits, where they stand.
+void scale_products(
+    const ClassLoop& loop,
+    at::Tensor tile,
+    const at::Tensor& class_factors,
+    const at::Tensor& factors) {
+  if (class_factors.defined()) {
+    tile.mul_(class_factors);
+  }
+  if (factors.defined()) {
+    tile.mul_(factors.unsqueeze(1));
+  }
+  if (loop.margin().scale != 1.0) {
+    tile.mul_(loop.margin().scale);
+  }
 }
 
 } // namespace
 
-LogitsResult sweep_logits(const LinearProblem& problem, const SweepKernels& kernels) {
-  const ClassLoop loop(problem, kernels);
+LogitsResult sweep_logits(const LinearProblem& problem, const Device& device) {
+  const ClassLoop loop(problem, device);
   const SweepSizes& sizes = loop.sizes();
   LogitsResult result;
   result.logits = loop.empty({sizes.rows, sizes.classes});
   result.inverse_norms = loop.empty({problem.normalize_weight ? sizes.classes : 0});
+  const ClassLoop::TargetRows targets = loop.target_rows(/*given_state=*/std::nullopt);
+  result.row_state = targets.state;
 
   const RowOperand input(loop);
-  const at::Tensor factors = row_factors(loop);
+  InputNorms norms(loop);
+  const at::Tensor factors = row_factors(loop, norms);
   std::vector<at::Tensor> weight_buffers;
   for (int64_t lane = 0; lane < loop.plan().lanes; ++lane) {
     weight_buffers.push_back(loop.weight_buffer());
   }
   loop.for_each_chunk(/*kept_classes=*/0, [&](int64_t lane, Range classes) {
     const at::Tensor weight = loop.load_weight(classes, weight_buffers[lane], result.inverse_norms);
-    const at::Tensor column_factors = loop.class_factors(classes, result.inverse_norms);
+    const at::Tensor class_factors = loop.class_factors(classes, result.inverse_norms);
     loop.for_each_tile([&](Range rows) {
-      at::Tensor logits = columns_of(rows_of(result.logits, rows), classes);
+      const at::Tensor logits = columns_of(rows_of(result.logits, rows), classes);
       multiply(logits, input.tile(rows), weight.t());
-      if (column_factors.defined()) {
-        logits.mul_(column_factors);
-      }
-      if (factors.defined()) {
-        logits.mul_(rows_of(factors, rows).unsqueeze(1));
-      }
-      if (problem.margins.parameters.scale != 1.0) {
-        logits.mul_(problem.margins.parameters.scale);
-      }
+      scale_products(loop, logits, class_factors, factors.defined() ? rows_of(factors, rows) : factors);
       if (loop.bias().has_value()) {
         logits.add_(rows_of(*loop.bias(), classes));
       }
@@ -65,9 +63,36 @@ LogitsResult sweep_logits(const LinearProblem& problem, const SweepKernels& kern
 
   const auto [present, place] = target_place(loop.target(), sizes.classes);
   const at::Tensor column = place.unsqueeze(1);
-  const at::Tensor own = at::where(present, target_logits(loop), result.logits.gather(1, column).squeeze(1));
+  const at::Tensor own = at::where(present, targets.logit.to(loop.acc()), result.logits.gather(1, column).squeeze(1));
   result.logits.scatter_(1, column, own.unsqueeze(1));
   return result;
+}
+
+Gradients
+sweep_logits_backward(const LinearProblem& problem, const LogitsBackwardRequest& request, const Device& device) {
+  // Gradients may have any range, so they are multiplied in acc.
+  const ClassLoop loop(problem, device, Operands::wide);
+  const at::Tensor inverse_norms = request.inverse_norms.contiguous();
+  const at::Tensor row_state = request.row_state.contiguous();
+  const UpstreamVectors upstream = logits_upstream(loop, request.grad_logits);
+  GradientSweep sweep(loop, {inverse_norms, row_state, /*weight_sum=*/at::Tensor()}, upstream, request.wanted);
+  if (!sweep.wants_products()) {
+    return sweep.finish();
+  }
+  InputNorms norms(loop);
+  const at::Tensor weight_factor = upstream.others * loop.margin().scale;
+  const at::Tensor operand_scale = loop.double_zeros({1}).fill_(1.0);
+  sweep.run(/*kept_classes=*/0, norms, weight_factor, operand_scale, [&](const WeightsWanted& wanted) {
+    const auto& [lane, rows, classes, weight, weights, times_class_factors] = wanted;
+    weights.copy_(columns_of(rows_of(request.grad_logits, rows), classes));
+    const at::Tensor columns = at::arange(classes.begin, classes.begin + classes.count, loop.target().options());
+    const at::Tensor own = columns.unsqueeze(0).eq(rows_of(loop.target(), rows).unsqueeze(1));
+    at::Tensor(weights).masked_fill_(own, 0.0);
+    if (times_class_factors) {
+      multiply_by_class_factors(loop, weights, classes, inverse_norms);
+    }
+  });
+  return sweep.finish();
 }
 
 } // namespace torchmargin

@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "ops/problem.h"
 #include "sweep/kernels.h"
 
 namespace torchmargin {
@@ -15,6 +16,12 @@ T* pointer(const at::Tensor& tensor) {
   return static_cast<T*>(tensor.defined() && tensor.numel() > 0 ? tensor.data_ptr() : nullptr);
 }
 
+// [B, 4] float64, contiguous.
+inline RowState* row_state(const at::Tensor& state) {
+  static_assert(sizeof(RowState) == kRowStateSize * sizeof(double));
+  return reinterpret_cast<RowState*>(pointer<double>(state));
+}
+
 inline RawMatrix raw_matrix(const at::Tensor& matrix) {
   return {matrix.data_ptr(), matrix.scalar_type(), matrix.stride(0), matrix.stride(1)};
 }
@@ -22,7 +29,7 @@ inline RawMatrix raw_matrix(const at::Tensor& matrix) {
 // A vector, or a 0-dim tensor that stands for every row.
 inline RawMatrix raw_vector(const std::optional<at::Tensor>& vector) {
   if (!vector.has_value()) {
-    return {nullptr, at::kFloat, 0, 0};
+    return {};
   }
   return {vector->data_ptr(), vector->scalar_type(), vector->dim() == 0 ? 0 : vector->stride(0), 0};
 }

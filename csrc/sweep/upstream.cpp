@@ -32,16 +32,15 @@ UpstreamVectors widen_upstream(const ClassLoop& loop, const BackwardRequest& req
   };
   const at::Tensor none = loop.double_zeros({});
   UpstreamVectors upstream;
-  upstream.other_lse =
+  upstream.others =
       at::where(request.other_lse == -std::numeric_limits<double>::infinity(), none, widen(request.grad_other_lse));
-  upstream.target_logit = widen(request.grad_target_logit);
-  upstream.logit_sum = loop.double_zeros({0});
+  upstream.own = widen(request.grad_target_logit);
   if (request.grad_logit_sum.has_value()) {
-    upstream.logit_sum = widen(request.grad_logit_sum);
-    upstream.target_logit = upstream.target_logit + upstream.logit_sum;
+    upstream.sum = widen(request.grad_logit_sum);
+    upstream.own = upstream.own + upstream.sum;
   }
   const at::Tensor present = target_place(loop.target(), loop.sizes().classes).present;
-  upstream.target_logit = at::where(present, upstream.target_logit, none);
+  upstream.own = at::where(present, upstream.own, none);
   return upstream;
 }
 
@@ -49,9 +48,8 @@ UpstreamVectors logits_upstream(const ClassLoop& loop, const at::Tensor& grad_lo
   const auto [present, place] = target_place(loop.target(), loop.sizes().classes);
   const at::Tensor own = grad_logits.gather(1, place.unsqueeze(1)).squeeze(1).to(at::kDouble);
   UpstreamVectors upstream;
-  upstream.other_lse = grad_logits.ne(0).any(1).to(at::kDouble);
-  upstream.target_logit = at::where(present, own, loop.double_zeros({}));
-  upstream.logit_sum = loop.double_zeros({0});
+  upstream.others = grad_logits.ne(0).any(1).to(at::kDouble);
+  upstream.own = at::where(present, own, loop.double_zeros({}));
   return upstream;
 }
 
@@ -59,17 +57,18 @@ at::Tensor choose_operand_scale(
     const ClassLoop& loop,
     const UpstreamVectors& upstream,
     const at::Tensor& weight_factor,
-    bool with_bias) {
-  at::Tensor largest = upstream.other_lse;
+    bool with_bias,
+    InputNorms& norms) {
+  at::Tensor largest = upstream.others;
   if (loop.operands().unit_vectors) { // what must fit into float16 are the rows
     largest = weight_factor.abs();
     if (!loop.problem().normalize_input) {
-      const at::Tensor inverse = input_inverse_norms(loop);
+      const at::Tensor& inverse = norms.inverse();
       // NB: a row without an upstream gradient counts for nothing, whatever its length.
       largest = at::where(largest.eq(0).logical_or(inverse.eq(0)), loop.double_zeros({}), largest / inverse);
     }
     if (with_bias) {
-      largest = at::maximum(largest, upstream.other_lse.abs());
+      largest = at::maximum(largest, upstream.others.abs());
     }
   }
   return power_of_two_scale(loop, largest, loop.operands().largest_row);

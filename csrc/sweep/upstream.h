@@ -2,16 +2,20 @@
 #pragma once
 
 #include "sweep/class_loop.h"
+#include "sweep/row_operand.h"
 
 namespace torchmargin {
 
 struct UpstreamVectors {
-  at::Tensor other_lse; // g_o [B], 0 where there is no other class
-  at::Tensor target_logit; // T [B]
-  at::Tensor logit_sum; // g_Z [B], or [0]
+  at::Tensor others; // g_o [B], 0 where there is no other class
+  at::Tensor own; // T [B]
+  at::Tensor sum; // g_Z [B], or undefined: all 0
 
+  bool smoothed() const {
+    return sum.defined();
+  }
   Upstream pointers() const {
-    return {pointer<double>(other_lse), pointer<double>(target_logit), pointer<double>(logit_sum)};
+    return {pointer<double>(others), pointer<double>(own), pointer<double>(sum)};
   }
 };
 
@@ -27,6 +31,7 @@ at::Tensor choose_operand_scale(
     const ClassLoop& loop,
     const UpstreamVectors& upstream,
     const at::Tensor& weight_factor,
-    bool with_bias);
+    bool with_bias,
+    InputNorms& norms);
 
 } // namespace torchmargin

@@ -12,18 +12,18 @@ __global__ void accumulate_chunk_kernel(AccumulateChunkArgs args) {
   constexpr int kCount = elements_per_thread<T>();
   TORCHMARGIN_SHARED(double, scratch, kRowLseScratch);
   const int64_t i = blockIdx.x;
-  const LogitsTile& tile = args.tile;
+  const ProductsTile& tile = args.tile;
   const TileRow<T> row(tile, i);
   const auto logits = [&](int64_t j) { return row.logits(j, Columns<T, kCount>(tile, j)); };
   const RowLse added = row_lse<T, kCount>(logits, tile.class_count, row.own_column, args.bounded, scratch);
   if (threadIdx.x == 0) {
     OnlineLse total;
-    total.shift = args.shift[i];
-    total.sum = args.sum[i];
+    total.shift = args.sums.shift[i];
+    total.sum = args.sums.sum[i];
     total.combine(added.lse);
-    args.shift[i] = total.shift;
-    args.sum[i] = total.sum;
-    args.maximum[i] = added.maximum > args.maximum[i] ? added.maximum : args.maximum[i];
+    args.sums.shift[i] = total.shift;
+    args.sums.sum[i] = total.sum;
+    args.sums.maximum[i] = added.maximum > args.sums.maximum[i] ? added.maximum : args.sums.maximum[i];
   }
 }
 

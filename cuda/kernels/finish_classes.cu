@@ -3,7 +3,7 @@
 #include "kernels/device.cuh"
 #include "kernels/launch.h"
 #include "sweep/dispatch.h"
-#include "sweep/row_bodies.h"
+#include "sweep/finish_bodies.h"
 
 namespace torchmargin::device {
 namespace {

@@ -16,7 +16,8 @@ namespace torchmargin::device {
 void launch_load_rows(const LoadRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);
 void launch_accumulate_chunk(const AccumulateChunkArgs& args, c10::ScalarType acc, cudaStream_t stream);
 void launch_softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc, cudaStream_t stream);
-void launch_target_pass(const TargetPassArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_target_rows(const TargetRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_combine_rows(const CombineRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);
 void launch_finish_classes(const FinishClassesArgs& args, c10::ScalarType acc, cudaStream_t stream);
 void launch_finish_rows(const FinishRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);
 

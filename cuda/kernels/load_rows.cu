@@ -2,6 +2,7 @@
 #include "kernels/device.cuh"
 #include "kernels/launch.h"
 #include "math/angle.h"
+#include "math/logit.h"
 #include "sweep/dispatch.h"
 
 namespace torchmargin::device {
@@ -15,7 +16,7 @@ __device__ double given_factor(const LoadRowsArgs& args, int64_t i) {
     return scale;
   }
   const double factor = args.row_factor[i] * scale;
-  return args.operand_scale != nullptr && fabs(factor) < 0x1p-90 ? 0.0 : factor;
+  return args.operand_scale != nullptr && fabs(factor) < kSmallestFactor ? 0.0 : factor;
 }
 
 template <typename Scalar, typename T, typename Out>
@@ -33,7 +34,7 @@ __global__ void load_rows_kernel(LoadRowsArgs args) {
   const Row<const Scalar> row(
       static_cast<const Scalar*>(args.rows.data) + i * args.rows.row_stride, args.features, args.rows.column_stride);
   double inverse = 1.0;
-  if (args.normalize) {
+  if (args.measured) {
     double square = 0.0;
     for (int64_t k = first; k < args.features; k += kStep) {
       const auto x = row.template read<kCount>(k, Scalar(0));
@@ -52,7 +53,7 @@ __global__ void load_rows_kernel(LoadRowsArgs args) {
   }
   const double given = given_factor(args, i);
   const bool nothing = given == 0.0; // NB: even if the row holds NaN
-  const Product factor = static_cast<Product>(args.unit ? inverse * given : given);
+  const Product factor = static_cast<Product>(args.to_unit ? inverse * given : given);
   const Row<Out> out(static_cast<Out*>(args.out) + i * args.out_row_stride, args.features);
   for (int64_t k = first; k < args.features; k += kStep) {
     const auto x = row.template read<kCount>(k, Scalar(0));
@@ -75,7 +76,7 @@ __global__ void sum_rows_kernel(LoadRowsArgs args) {
   const int warp = static_cast<int>(threadIdx.x / kWarp);
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
   const Scalar* const rows = static_cast<const Scalar*>(args.rows.data);
-  const T* const norms = args.normalize ? static_cast<const T*>(args.inverse_norms) : nullptr;
+  const T* const norms = args.measured ? static_cast<const T*>(args.inverse_norms) : nullptr;
   double sum = 0.0;
   for (int64_t i = warp; i < args.row_count && k < args.features; i += kSumWarps) {
     const double given = args.row_factor != nullptr ? args.row_factor[i] : 1.0;

@@ -1,37 +1,62 @@
-// The float64 kernels over rows: the end of the forward pass and grad_input. A warp a row; the
-// bodies are those of the CPU (sweep/row_bodies.h).
+// The float64 kernels over rows: the targets before the sweep, the end of the forward pass, grad_input. A warp a row;
+// the bodies are those of the CPU (csrc/sweep).
 #include "kernels/device.cuh"
 #include "kernels/launch.h"
+#include "sweep/combine_rows.h"
 #include "sweep/dispatch.h"
-#include "sweep/row_bodies.h"
+#include "sweep/finish_bodies.h"
+#include "sweep/target_rows.h"
 
 namespace torchmargin::device {
 namespace {
 
+// The row of this warp.
+__device__ int64_t row_of_warp() {
+  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+}
+__device__ WarpTeam own_team() {
+  return WarpTeam{static_cast<int>(threadIdx.x % kWarp)};
+}
+
 template <typename Scalar, typename T>
-__global__ void target_pass_kernel(TargetPassArgs args) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (i < args.rows) { // the whole warp
-    target_pass_row<Scalar, T>(args, i, WarpTeam{static_cast<int>(threadIdx.x % kWarp)});
+__global__ void target_rows_kernel(TargetRowsArgs args) {
+  if (row_of_warp() < args.rows) { // the whole warp
+    target_row<Scalar, T>(args, row_of_warp(), own_team());
+  }
+}
+
+template <typename Scalar, typename T>
+__global__ void combine_rows_kernel(CombineRowsArgs args) {
+  if (row_of_warp() < args.rows) {
+    combine_row<Scalar, T>(args, row_of_warp(), own_team());
   }
 }
 
 template <typename Scalar, typename T>
 __global__ void finish_rows_kernel(FinishRowsArgs args) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (i < args.rows) {
-    finish_row<Scalar, T>(args, i, WarpTeam{static_cast<int>(threadIdx.x % kWarp)});
+  if (row_of_warp() < args.rows) {
+    finish_row<Scalar, T>(args, row_of_warp(), own_team());
   }
 }
 
 } // namespace
 
-void launch_target_pass(const TargetPassArgs& args, c10::ScalarType /*acc*/, cudaStream_t stream) {
+void launch_target_rows(const TargetRowsArgs& args, c10::ScalarType /*acc*/, cudaStream_t stream) {
   if (args.rows == 0) {
     return;
   }
   with_dtype_and_acc(args.context.input.dtype, [&](auto scalar, auto zero) {
-    const auto kernel = target_pass_kernel<decltype(scalar), decltype(zero)>;
+    const auto kernel = target_rows_kernel<decltype(scalar), decltype(zero)>;
+    TORCHMARGIN_LAUNCH(kernel, warp_blocks(args.rows), kThreads, stream, args);
+  });
+}
+
+void launch_combine_rows(const CombineRowsArgs& args, c10::ScalarType /*acc*/, cudaStream_t stream) {
+  if (args.rows == 0) {
+    return;
+  }
+  with_dtype_and_acc(args.context.input.dtype, [&](auto scalar, auto zero) {
+    const auto kernel = combine_rows_kernel<decltype(scalar), decltype(zero)>;
     TORCHMARGIN_LAUNCH(kernel, warp_blocks(args.rows), kThreads, stream, args);
   });
 }

@@ -13,7 +13,7 @@ constexpr int64_t kBlocksAlongRows = 512;
 template <typename T, typename Out>
 __global__ void softmax_chunk_kernel(SoftmaxChunkArgs args) {
   constexpr int kCount = elements_per_thread<T, Out>();
-  const LogitsTile& tile = args.tile;
+  const ProductsTile& tile = args.tile;
   const int64_t j = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kCount;
   if (j >= tile.class_count) {
     return;
@@ -57,7 +57,7 @@ void with_types(c10::ScalarType acc, c10::ScalarType out, Body body) {
 } // namespace
 
 void launch_softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc, cudaStream_t stream) {
-  const LogitsTile& tile = args.tile;
+  const ProductsTile& tile = args.tile;
   if (tile.row_count == 0 || tile.class_count == 0) {
     return;
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/device.cuh"
+#include "math/logit.h"
 #include "sweep/kernels.h"
 
 namespace torchmargin::device {
@@ -12,7 +13,7 @@ struct Columns {
   Elements<T, kCount> factors;
   Elements<T, kCount> bias;
 
-  __device__ Columns(const LogitsTile& tile, int64_t first) {
+  __device__ Columns(const ProductsTile& tile, int64_t first) {
     TORCHMARGIN_UNROLL
     for (int e = 0; e < kCount; ++e) {
       factors.values[e] = T(1);
@@ -30,12 +31,12 @@ struct Columns {
 
 template <typename T>
 struct TileRow {
-  Row<const T> dots;
+  Row<const T> products;
   T scale;
   int64_t own_column; // the target's, outside [0, class_count) if it is not in this tile
 
-  __device__ TileRow(const LogitsTile& tile, int64_t row)
-      : dots(static_cast<const T*>(tile.logits) + row * tile.row_stride, tile.class_count),
+  __device__ TileRow(const ProductsTile& tile, int64_t row)
+      : products(static_cast<const T*>(tile.products) + row * tile.row_stride, tile.class_count),
         scale(static_cast<T>(tile.scale)),
         own_column(tile.target[row] - tile.first_class) {
     if (tile.row_factors != nullptr) {
@@ -45,10 +46,10 @@ struct TileRow {
 
   template <int kCount>
   __device__ Elements<T, kCount> logits(int64_t first, const Columns<T, kCount>& columns) const {
-    Elements<T, kCount> z = dots.template read<kCount>(first, T(0));
+    Elements<T, kCount> z = products.template read<kCount>(first, T(0));
     TORCHMARGIN_UNROLL
     for (int e = 0; e < kCount; ++e) {
-      z.values[e] = z.values[e] * (columns.factors.values[e] * scale) + columns.bias.values[e];
+      z.values[e] = scaled_product(z.values[e], columns.factors.values[e], scale) + columns.bias.values[e];
     }
     return z;
   }
@@ -71,7 +72,7 @@ struct SplitLse {
 template <typename T>
 __device__ T softmax_weight(T logit, const SplitLse<T>& other_lse) {
   const T gap = (logit - other_lse.high) - other_lse.low;
-  return gap < T(-50) ? T(0) : exp(gap);
+  return gap < T(kFlush) ? T(0) : exp(gap);
 }
 
 } // namespace torchmargin::device

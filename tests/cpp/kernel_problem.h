@@ -10,8 +10,9 @@
 #include <random>
 #include <vector>
 
+#include "math/team.h"
 #include "sweep/cosine_kernels.h"
-#include "sweep/kernels.h"
+#include "sweep/target_rows.h"
 
 namespace torchmargin::testing {
 
@@ -43,7 +44,7 @@ struct KernelProblem {
   std::vector<Scalar> weight = random_values<Scalar>(classes * features, 2);
   std::vector<T> wide_input = std::vector<T>(input.begin(), input.end());
   std::vector<T> wide_weight = std::vector<T>(weight.begin(), weight.end());
-  std::vector<T> logits = random_values<T>(rows * classes, 3, 0.1);
+  std::vector<T> products = random_values<T>(rows * classes, 3, 0.1);
   std::vector<T> inverse_norms = std::vector<T>(classes);
   std::vector<T> row_factors = std::vector<T>(rows, T(1.25));
   std::vector<T> bias = random_values<T>(classes, 10);
@@ -80,33 +81,36 @@ struct KernelProblem {
     return margin;
   }
   TargetContext context(bool normalize = true) const {
-    const RawMatrix none{nullptr, c10::ScalarType::Float, 0, 0};
     return {
-        {input.data(), dtype_of<Scalar>, features, 1},
-        {weight.data(), dtype_of<Scalar>, features, 1},
-        target.data(),
-        features,
-        classes,
-        margin(),
-        normalize,
-        normalize,
-        none,
-        none,
-        none,
-        none};
+        .input = {input.data(), dtype_of<Scalar>, features, 1},
+        .weight = {weight.data(), dtype_of<Scalar>, features, 1},
+        .target = target.data(),
+        .features = features,
+        .classes = classes,
+        .margin = margin(),
+        .normalize_input = normalize,
+        .normalize_weight = normalize};
   }
-  LogitsTile tile(bool with_bias = false, bool with_row_factors = false) const {
+  ProductsTile tile(bool with_bias = false, bool with_row_factors = false) const {
     return {
-        logits.data(),
-        classes,
-        rows,
-        classes,
-        /*first_class=*/0,
-        target.data(),
-        16.0,
-        with_row_factors ? row_factors.data() : nullptr,
-        inverse_norms.data(),
-        with_bias ? bias.data() : nullptr};
+        .products = products.data(),
+        .row_stride = classes,
+        .row_count = rows,
+        .class_count = classes,
+        .first_class = 0,
+        .target = target.data(),
+        .scale = 16.0,
+        .row_factors = with_row_factors ? row_factors.data() : nullptr,
+        .class_factors = inverse_norms.data(),
+        .bias = with_bias ? bias.data() : nullptr};
+  }
+  // Of every row.
+  std::vector<RowState> states() const {
+    std::vector<RowState> states;
+    for (int64_t i = 0; i < rows; ++i) {
+      states.push_back(measure_row<Scalar>(context(), i, Alone()));
+    }
+    return states;
   }
   Upstream upstreams(bool smoothing) const {
     return {upstream.data(), upstream.data(), smoothing ? upstream.data() : nullptr};

@@ -237,7 +237,7 @@ OPCHECKED = {
     "margin_logits": lambda x, w, y, b, c: (x, w, y, b),
     "margin_cross_entropy": lambda x, w, y, b, c: (c, y),
     "margin_transform": lambda x, w, y, b, c: (c,),
-    "_linear_margin_forward": lambda x, w, y, b, c: (*packed(x, w, y, b, scale=4.0, m2=0.3), None, True, 0),
+    "_linear_margin_forward": lambda x, w, y, b, c: (*packed(x, w, y, b, scale=4.0, m2=0.3), None, True, 0, None),
     "_margin_logits_forward": lambda x, w, y, b, c: packed(x, w, y, b, scale=4.0, m2=0.3),
     "_margin_cosine_forward": lambda x, w, y, b, c: (c, None, None, y, None, margin_numbers(4.0, m2=0.3), None, True),
     "_margin_transform_forward": lambda x, w, y, b, c: (c, margin_numbers(m2=0.3)),

@@ -177,7 +177,7 @@ def test_opcheck(op):
     x, w, y, b = _on_gpu(*problem(bias=True))
     arguments, options = (x, w, y, b), {"scale": 4.0, "m2": 0.3}
     if op == "_linear_margin_forward":
-        arguments, options = (*packed(x, w, y, b, **options), None, True, 0), {}
+        arguments, options = (*packed(x, w, y, b, **options), None, True, 0, None), {}
     torch.library.opcheck(getattr(torch.ops.torchmargin, op).default, arguments, options)
 
 

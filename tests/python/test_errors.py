@@ -108,7 +108,7 @@ def test_bad_arguments(case, op, mode):
             pytest.skip("a private op has numbers for them, and no None")
         op = "_linear_margin_forward"
         with pytest.raises(RuntimeError, match=f"^{op}: {text}"):
-            torch.ops.torchmargin._linear_margin_forward(*packed(**arguments), None, True, 0)
+            torch.ops.torchmargin._linear_margin_forward(*packed(**arguments), None, True, 0, None)
         return
     if mode == "inference":
         if "requires_grad=True" in repr(change) or "require grad" in text:
@@ -251,11 +251,13 @@ def test_settings_refuse_nonsense():
         ({"other_lse": torch.zeros(4)}, "expected other_lse as the forward returned it, in Double, but got Float"),
         ({"kept": torch.zeros(4, 10)}, r"expected kept to have shape \[4, at most 9\], but got \[4, 10\]"),
         ({"inverse_norms": torch.zeros(8)}, r"expected inverse_norms to have shape \[9\], but got \[8\]"),
+        ({"row_state": torch.zeros(4, 3)}, r"expected row_state to have shape \[4, 4\], but got \[4, 3\]"),
+        ({"weight_scale": torch.zeros(1)}, r"expected weight_scale to have shape \[0\], but got \[1\]"),
         ({"weight_sum": torch.zeros(5)}, r"expected weight_sum to have shape \[6\], but got \[5\]"),
     ],
 )
 def test_the_private_backward_refuses_what_does_not_fit(change, text):
-    results = torch.ops.torchmargin._linear_margin_forward(*packed(X, W, Y), None, True, 0)
+    results = torch.ops.torchmargin._linear_margin_forward(*packed(X, W, Y), None, True, 0, None)
     good = {
         "grad_other_lse": torch.ones(4),
         "grad_target_logit": None,
@@ -264,6 +266,8 @@ def test_the_private_backward_refuses_what_does_not_fit(change, text):
         "kept": results[5],
         "inverse_norms": results[6],
         "weight_sum": results[7],
+        "row_state": results[8],
+        "weight_scale": results[9],
         "wanted": [True, True, False, False, False],
     }
     torch.ops.torchmargin._linear_margin_backward(*packed(X, W, Y), **good)
@@ -276,11 +280,11 @@ def test_the_private_backward_refuses_what_does_not_fit(change, text):
 
 def test_the_other_private_backwards_refuse_what_does_not_fit():
     ops = torch.ops.torchmargin
-    wanted = [True, True, False, False, False]
+    more = {"row_state": torch.zeros(4, 4).double(), "wanted": [True, True, False, False, False]}
     with pytest.raises(RuntimeError, match=r"_margin_logits_backward: expected grad_logits to have shape \[4, 9\]"):
-        ops._margin_logits_backward(*packed(X, W, Y), grad_logits=torch.ones(4, 8), inverse_norms=torch.ones(9), wanted=wanted)
+        ops._margin_logits_backward(*packed(X, W, Y), grad_logits=torch.ones(4, 8), inverse_norms=torch.ones(9), **more)
     with pytest.raises(RuntimeError, match=r"_margin_logits_backward: expected inverse_norms to have shape \[9\]"):
-        ops._margin_logits_backward(*packed(X, W, Y), grad_logits=torch.ones(4, 9), inverse_norms=torch.ones(3), wanted=wanted)
+        ops._margin_logits_backward(*packed(X, W, Y), grad_logits=torch.ones(4, 9), inverse_norms=torch.ones(3), **more)
     upstream = {"grad_other_lse": torch.ones(3), "grad_target_logit": None, "grad_logit_sum": None}
     with pytest.raises(RuntimeError, match=r"_margin_cosine_backward: expected grad_other_lse to have shape \[4\]"):
         ops._margin_cosine_backward(
@@ -290,7 +294,7 @@ def test_the_other_private_backwards_refuse_what_does_not_fit():
     with pytest.raises(RuntimeError, match=r"_margin_transform_backward: expected grad to have shape \[4, 9\]"):
         ops._margin_transform_backward(torch.ones(4), torch.rand(4, 9), margin_numbers())
     with pytest.raises(RuntimeError, match=r"_linear_margin_forward: expected kept_classes in \[0, 9\], but got 10"):
-        ops._linear_margin_forward(*packed(X, W, Y), None, True, 10)
+        ops._linear_margin_forward(*packed(X, W, Y), None, True, 10, None)
 
 
 @pytest.mark.parametrize("numbers", [[], [1.0] * 9, [1.0] * 11, linear_numbers(scale=1.0)[:4] + [6.0] * 6])
@@ -298,4 +302,4 @@ def test_private_ops_refuse_numbers_that_they_cannot_read(numbers):
     arguments = packed(X, W, Y)
     arguments[-1] = numbers
     with pytest.raises(RuntimeError, match="a private op was given"):
-        torch.ops.torchmargin._linear_margin_forward(*arguments, None, True, 0)
+        torch.ops.torchmargin._linear_margin_forward(*arguments, None, True, 0, None)

@@ -86,8 +86,18 @@ void check_load_rows(const KernelProblem<Scalar, T>& p, bool unit, bool weighted
     std::vector<T> norms(p.rows);
     std::vector<double> sum(p.features, 1.0);
     load(LoadRowsArgs{
-        rows, p.rows, p.features, /*normalize=*/true, out.data(), dtype_of<To>, row_length, unit,
-        weighted ? p.upstream.data() : nullptr, weighted ? &operand_scale : nullptr, norms.data(), sum.data()});
+        .rows = rows,
+        .row_count = p.rows,
+        .features = p.features,
+        .measured = true,
+        .out = out.data(),
+        .out_dtype = dtype_of<To>,
+        .out_row_stride = row_length,
+        .to_unit = unit,
+        .row_factor = weighted ? p.upstream.data() : nullptr,
+        .operand_scale = weighted ? &operand_scale : nullptr,
+        .inverse_norms = norms.data(),
+        .sum = sum.data()});
     return std::tuple(out, norms, sum);
   };
   constexpr c10::ScalarType acc = dtype_of<T>;
@@ -126,11 +136,12 @@ TYPED_TEST(DeviceKernels, AccumulateChunk) {
     for (const bool bounded : {false, true}) {
       KernelProblem<Scalar, T> p(rows, features, classes);
       if (!bounded && rows > 2) {
-        p.logits[2 * classes + classes / 2] = std::numeric_limits<T>::quiet_NaN();
+        p.products[2 * classes + classes / 2] = std::numeric_limits<T>::quiet_NaN();
       }
       const auto run = [&](auto accumulate) {
         std::vector<double> shift(rows, 1.0), sum(rows, 2.0), maximum(rows, -3.0);
-        accumulate(AccumulateChunkArgs{p.tile(!bounded, !bounded), bounded, shift.data(), sum.data(), maximum.data()});
+        accumulate(
+            AccumulateChunkArgs{p.tile(!bounded, !bounded), bounded, {shift.data(), sum.data(), maximum.data()}});
         for (int64_t i = 0; i < rows; ++i) { // shift and sum may differ, what they mean may not
           sum[i] = shift[i] + std::log(sum[i]);
         }
@@ -151,15 +162,15 @@ TYPED_TEST(DeviceKernels, AnInfiniteLogitStaysInfinite) {
   const T infinity = std::numeric_limits<T>::infinity();
   for (const int64_t place : {1, 700, 3099}) {
     KernelProblem<Scalar, T> p(1, 3, 3100);
-    std::fill(p.logits.begin(), p.logits.end(), T(1));
+    std::fill(p.products.begin(), p.products.end(), T(1));
     std::fill(p.inverse_norms.begin(), p.inverse_norms.end(), T(1));
     for (int64_t j = 0; j < 3100; ++j) {
-      p.logits[j] = static_cast<T>(static_cast<double>(j) * 10); // a later one is the larger by thousands
+      p.products[j] = static_cast<T>(static_cast<double>(j) * 10); // a later one is the larger by thousands
     }
-    p.logits[place] = infinity;
+    p.products[place] = infinity;
     for (const bool on_device : {false, true}) {
       std::vector<double> shift(1, -INFINITY), sum(1), maximum(1, -INFINITY);
-      const AccumulateChunkArgs args{p.tile(), /*bounded=*/false, shift.data(), sum.data(), maximum.data()};
+      const AccumulateChunkArgs args{p.tile(), /*bounded=*/false, {shift.data(), sum.data(), maximum.data()}};
       on_device ? device::launch_accumulate_chunk(args, kAcc, nullptr) : cpu::accumulate_range(args, kAcc, 0, 1);
       OnlineLse total;
       total.combine({1e6, 1.0}); // another chunk's, far above
@@ -175,13 +186,13 @@ TYPED_TEST(DeviceKernels, AccumulateExtremeLogits) {
   TORCHMARGIN_TYPES
   KernelProblem<Scalar, T> p(5, 3, 1100);
   const T infinity = std::numeric_limits<T>::infinity();
-  std::fill(p.logits.begin(), p.logits.begin() + 1100, T(-60));
-  std::fill(p.logits.begin() + 1100, p.logits.begin() + 1600, -infinity);
-  std::fill(p.logits.begin() + 2 * 1100, p.logits.begin() + 3 * 1100, -infinity);
-  p.logits[3 * 1100 + 700] = infinity;
+  std::fill(p.products.begin(), p.products.begin() + 1100, T(-60));
+  std::fill(p.products.begin() + 1100, p.products.begin() + 1600, -infinity);
+  std::fill(p.products.begin() + 2 * 1100, p.products.begin() + 3 * 1100, -infinity);
+  p.products[3 * 1100 + 700] = infinity;
   std::vector<double> shift(5, -INFINITY), sum(5), maximum(5, -INFINITY);
-  const LogitsTile tile = p.tile();
-  device::launch_accumulate_chunk({tile, /*bounded=*/false, shift.data(), sum.data(), maximum.data()}, kAcc, nullptr);
+  const ProductsTile tile = p.tile();
+  device::launch_accumulate_chunk({tile, /*bounded=*/false, {shift.data(), sum.data(), maximum.data()}}, kAcc, nullptr);
   double largest = -INFINITY;
   double expected = 0.0;
   for (int64_t j = 1; j < 1100; ++j) { // row 0's target is class 0
@@ -203,7 +214,7 @@ template <typename Out, typename Scalar, typename T>
 void check_softmax_chunk(KernelProblem<Scalar, T>& p, bool with_bias) {
   p.other_lse[0] = 70.0; // everything of this row is below exp(-50)
   if (p.rows > 4) {
-    p.logits[4 * p.classes] = std::numeric_limits<T>::quiet_NaN(); // a row without an upstream gradient
+    p.products[4 * p.classes] = std::numeric_limits<T>::quiet_NaN(); // a row without an upstream gradient
   }
   const int64_t row_length = (p.classes + 15) / 8 * 8; // what lies behind a row must stay
   constexpr double scale = 0.5;
@@ -242,7 +253,7 @@ TYPED_TEST(DeviceKernels, SoftmaxChunk) {
 TYPED_TEST(DeviceKernels, SoftmaxTakesTheWholeLse) {
   TORCHMARGIN_TYPES
   KernelProblem<Scalar, T> p(1, 3, 40);
-  std::fill(p.logits.begin(), p.logits.end(), T(62.5));
+  std::fill(p.products.begin(), p.products.end(), T(62.5));
   std::fill(p.inverse_norms.begin(), p.inverse_norms.end(), T(1));
   p.other_lse[0] = 1000.0 + 2.9e-5;
   for (const bool on_device : {false, true}) {
@@ -255,29 +266,66 @@ TYPED_TEST(DeviceKernels, SoftmaxTakesTheWholeLse) {
   }
 }
 
-TYPED_TEST(DeviceKernels, TargetPass) {
+TYPED_TEST(DeviceKernels, TargetRows) {
+  TORCHMARGIN_TYPES
+  for (const auto& [rows, features, classes] : kSizes) {
+    for (const bool normalize : {true, false}) {
+      for (const bool measured : {false, true}) {
+        const KernelProblem<Scalar, T> p(rows, features, classes);
+        const auto run = [&](auto pass) {
+          std::vector<RowState> state = measured ? p.states() : std::vector<RowState>(rows);
+          std::vector<double> logit(rows);
+          std::vector<T> angle(rows);
+          pass(TargetRowsArgs{
+              .context = p.context(normalize),
+              .rows = rows,
+              .measured = measured,
+              .state = state.data(),
+              .target_logit = logit.data(),
+              .target_angle = angle.data()});
+          const auto* const numbers = reinterpret_cast<const double*>(state.data());
+          return std::tuple(std::vector<double>(numbers, numbers + 4 * rows), logit, angle);
+        };
+        const auto got = run([&](const TargetRowsArgs& args) { device::launch_target_rows(args, kAcc, nullptr); });
+        const auto expected = run([&](const TargetRowsArgs& args) { cpu::target_rows_range(args, kAcc, 0, rows); });
+        expect_close(std::get<0>(got), std::get<0>(expected), "state", kTolerance<double>);
+        expect_close(std::get<1>(got), std::get<1>(expected), "target logit", kTolerance<double>);
+        expect_close(std::get<2>(got), std::get<2>(expected), "angle", kTolerance<T>);
+      }
+    }
+  }
+}
+
+TYPED_TEST(DeviceKernels, CombineRows) {
   TORCHMARGIN_TYPES
   for (const auto& [rows, features, classes] : kSizes) {
     for (const bool normalize : {true, false}) {
       const KernelProblem<Scalar, T> p(rows, features, classes);
-      const std::vector<double> shift(2 * rows, 1.0), sum(2 * rows, 3.0), maximum(2 * rows, 1.5);
+      std::vector<double> shift(2 * rows, 1.0), sum(2 * rows, 3.0), maximum(2 * rows, 1.5);
+      const std::vector<RowState> state = p.states();
       const double bias_sum = 0.25;
       const auto run = [&](auto pass) {
-        std::vector<std::vector<double>> wide(3, std::vector<double>(rows));
-        std::vector<std::vector<T>> rounded(2, std::vector<T>(rows));
-        pass(TargetPassArgs{
-            p.context(normalize), rows, /*lanes=*/2, shift.data(), sum.data(), maximum.data(), p.weight_sum.data(),
-            &bias_sum, wide[0].data(), wide[1].data(), wide[2].data(), rounded[0].data(), rounded[1].data()});
-        return std::pair(wide, rounded);
+        std::vector<std::vector<double>> wide(2, std::vector<double>(rows));
+        std::vector<T> largest(rows);
+        pass(CombineRowsArgs{
+            .context = p.context(normalize),
+            .rows = rows,
+            .state = state.data(),
+            .target_logit = p.upstream.data(),
+            .lanes = 2,
+            .sums = {shift.data(), sum.data(), maximum.data()},
+            .weight_sum = p.weight_sum.data(),
+            .bias_sum = &bias_sum,
+            .other_lse = wide[0].data(),
+            .logit_sum = wide[1].data(),
+            .max_other_logit = largest.data()});
+        return std::pair(wide, largest);
       };
-      const auto got = run([&](const TargetPassArgs& args) { device::launch_target_pass(args, kAcc, nullptr); });
-      const auto expected = run([&](const TargetPassArgs& args) { cpu::target_pass_range(args, kAcc, 0, rows); });
-      for (size_t k = 0; k < 3; ++k) {
-        expect_close(got.first[k], expected.first[k], "target pass", kTolerance<double>);
-      }
-      for (size_t k = 0; k < 2; ++k) {
-        expect_close(got.second[k], expected.second[k], "angle and maximum", kTolerance<T>);
-      }
+      const auto got = run([&](const CombineRowsArgs& args) { device::launch_combine_rows(args, kAcc, nullptr); });
+      const auto expected = run([&](const CombineRowsArgs& args) { cpu::combine_rows_range(args, kAcc, 0, rows); });
+      expect_close(got.first[0], expected.first[0], "log-sum-exp", kTolerance<double>);
+      expect_close(got.first[1], expected.first[1], "sum", kTolerance<double>);
+      expect_close(got.second, expected.second, "maximum", kTolerance<T>);
     }
   }
 }
@@ -290,6 +338,7 @@ TYPED_TEST(DeviceKernels, FinishClasses) {
         const KernelProblem<Scalar, T> p(rows, features, classes);
         const int64_t row_length = (features + 15) / 8 * 8;
         const std::vector<T> products = random_values<T>(classes * row_length, 6);
+        const std::vector<RowState> state = p.states();
         const double products_scale = 0.25;
         const double total = std::accumulate(p.upstream.begin(), p.upstream.end(), 0.0);
         const auto run = [&](auto zero, const std::vector<T>& source, bool lack_norms, const RawMatrix& weight,
@@ -298,10 +347,24 @@ TYPED_TEST(DeviceKernels, FinishClasses) {
           std::vector<Out> gradient(classes * features);
           std::vector<T> bias = random_values<T>(classes, 7);
           finish(FinishClassesArgs{
-              p.context(normalize), p.upstreams(smoothing), 0, classes, source.data(), row_length, lack_norms,
-              gradient.data(), weight, normalize ? p.inverse_norms.data() : nullptr, bias.data(), &products_scale,
-              smoothing ? p.weight_sum.data() : nullptr, smoothing ? &total : nullptr, p.sorted_target.data(),
-              p.order.data(), rows});
+              .context = p.context(normalize),
+              .state = state.data(),
+              .upstream = p.upstreams(smoothing),
+              .first_class = 0,
+              .class_count = classes,
+              .products = source.data(),
+              .products_row_stride = row_length,
+              .products_lack_norms = lack_norms,
+              .grad_weight = gradient.data(),
+              .weight = weight,
+              .inverse_norms = normalize ? p.inverse_norms.data() : nullptr,
+              .bias_products = bias.data(),
+              .products_scale = &products_scale,
+              .input_sum = smoothing ? p.weight_sum.data() : nullptr,
+              .logit_sum_total = smoothing ? &total : nullptr,
+              .sorted_target = p.sorted_target.data(),
+              .sorted_row = p.order.data(),
+              .rows = rows});
           return std::tuple(gradient, bias);
         };
         const auto on_device = [&](const FinishClassesArgs& args) {
@@ -335,13 +398,21 @@ TYPED_TEST(DeviceKernels, FinishRows) {
   for (const auto& [rows, features, classes] : kSizes) {
     for (const bool normalize : {true, false}) {
       const KernelProblem<Scalar, T> p(rows, features, classes);
+      const std::vector<RowState> state = p.states();
       const auto run = [&](auto finish) {
         std::vector<T> gradient = random_values<T>(rows * features, 8);
         const double products_scale = 0.5;
         std::vector<double> grad_m2(rows), grad_m3(rows);
         finish(FinishRowsArgs{
-            p.context(normalize), p.upstreams(normalize), rows, p.weight_sum.data(), gradient.data(), &products_scale,
-            grad_m2.data(), grad_m3.data()});
+            .context = p.context(normalize),
+            .state = state.data(),
+            .upstream = p.upstreams(normalize),
+            .rows = rows,
+            .weight_sum = p.weight_sum.data(),
+            .products = gradient.data(),
+            .products_scale = &products_scale,
+            .grad_m2 = grad_m2.data(),
+            .grad_m3 = grad_m3.data()});
         return std::tuple(gradient, grad_m2, grad_m3);
       };
       const auto got = run([&](const FinishRowsArgs& args) { device::launch_finish_rows(args, kAcc, nullptr); });
@@ -358,9 +429,8 @@ TYPED_TEST(DeviceKernels, Cosine) {
   for (const auto& [rows, features, classes] : kSizes) {
     const KernelProblem<Scalar, T> p(rows, features, classes);
     const std::vector<Scalar> cosine = random_values<Scalar>(rows * classes, 9, 0.3);
-    const RawMatrix none{nullptr, c10::ScalarType::Float, 0, 0};
     const CosineContext context{
-        {cosine.data(), dtype_of<Scalar>, classes, 1}, p.target.data(), classes, p.margin(), none, none, none};
+        {cosine.data(), dtype_of<Scalar>, classes, 1}, p.target.data(), classes, p.margin(), {}, {}, {}};
     const auto run = [&](auto forward, auto backward, auto transform) {
       std::vector<std::vector<double>> results(3, std::vector<double>(rows));
       forward(CosineForwardArgs{context, true, results[0].data(), results[1].data(), results[2].data()});

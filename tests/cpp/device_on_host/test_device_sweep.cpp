@@ -4,9 +4,10 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
-#include "cpu/sweep_kernels.h"
+#include "cpu/device.h"
 #include "kernels/launch.h"
-#include "sweep/class_sweep.h"
+#include "sweep/sweeps.h"
+#include "sweep/tile_steps.h"
 #include "torchmargin/settings.h"
 
 namespace {
@@ -18,16 +19,26 @@ void run_lanes(int64_t lanes, const std::function<void(int64_t)>& body) {
   body(0);
 }
 
-const SweepKernels kDevice{
-    kGpuTraits,
-    [](const LoadRowsArgs& args, c10::ScalarType acc) { device::launch_load_rows(args, acc, nullptr); },
-    [](const AccumulateChunkArgs& args, c10::ScalarType acc) { device::launch_accumulate_chunk(args, acc, nullptr); },
-    [](const SoftmaxChunkArgs& args, c10::ScalarType acc) { device::launch_softmax_chunk(args, acc, nullptr); },
-    [](const TargetPassArgs& args, c10::ScalarType acc) { device::launch_target_pass(args, acc, nullptr); },
-    [](const FinishClassesArgs& args, c10::ScalarType acc) { device::launch_finish_classes(args, acc, nullptr); },
-    [](const FinishRowsArgs& args, c10::ScalarType acc) { device::launch_finish_rows(args, acc, nullptr); },
-    run_lanes,
-    [](void*, int64_t) {}};
+const Device kDevice{
+    .traits = kGpuTraits,
+    .kernels = {
+        .load_rows = [](const LoadRowsArgs& args,
+                        c10::ScalarType acc) { device::launch_load_rows(args, acc, nullptr); },
+        .target_rows = [](const TargetRowsArgs& args,
+                          c10::ScalarType acc) { device::launch_target_rows(args, acc, nullptr); },
+        .accumulate_chunk = [](const AccumulateChunkArgs& args,
+                               c10::ScalarType acc) { device::launch_accumulate_chunk(args, acc, nullptr); },
+        .combine_rows = [](const CombineRowsArgs& args,
+                           c10::ScalarType acc) { device::launch_combine_rows(args, acc, nullptr); },
+        .softmax_chunk = [](const SoftmaxChunkArgs& args,
+                            c10::ScalarType acc) { device::launch_softmax_chunk(args, acc, nullptr); },
+        .finish_classes = [](const FinishClassesArgs& args,
+                             c10::ScalarType acc) { device::launch_finish_classes(args, acc, nullptr); },
+        .finish_rows = [](const FinishRowsArgs& args,
+                          c10::ScalarType acc) { device::launch_finish_rows(args, acc, nullptr); },
+        .run_lanes = run_lanes,
+        .prepare_buffer = [](void*, int64_t) {}},
+    .steps = kPortableSteps};
 
 struct Case {
   std::string name;
@@ -82,10 +93,10 @@ LinearProblem widen(LinearProblem p) {
   return p;
 }
 
-Results run(const LinearProblem& p, const Case& c, int64_t kept, const SweepKernels& kernels) {
+Results run(const LinearProblem& p, const Case& c, int64_t kept, const Device& on) {
   torch::manual_seed(2);
   Results r;
-  r.forward = sweep_forward(p, {std::nullopt, c.smoothing, kept}, kernels);
+  r.forward = sweep_forward(p, {std::nullopt, c.smoothing, kept}, on);
   const auto upstream = [&] { return (torch::rand({c.rows}, torch::kFloat64) * c.upstream_scale).to(p.acc()); };
   BackwardRequest request;
   request.grad_other_lse = upstream();
@@ -97,11 +108,9 @@ Results run(const LinearProblem& p, const Case& c, int64_t kept, const SweepKern
     (*request.grad_logit_sum)[1] = 0.0;
   }
   request.other_lse = r.forward.other_lse;
-  request.kept = r.forward.kept;
-  request.inverse_norms = r.forward.inverse_norms;
-  request.weight_sum = r.forward.weight_sum;
+  request.record = r.forward.record;
   request.wanted = {true, true, p.bias.has_value(), false, false};
-  r.gradients = sweep_backward(p, request, kernels);
+  r.gradients = sweep_backward(p, request, on);
   return r;
 }
 
@@ -119,7 +128,7 @@ class DeviceSweep : public ::testing::TestWithParam<Case> {
 TEST_P(DeviceSweep, AgreesWithTheCpuInFloat64) {
   const Case& c = GetParam();
   const LinearProblem p = make_problem(c);
-  const Results expected = run(widen(p), c, 0, cpu::sweep_kernels());
+  const Results expected = run(widen(p), c, 0, cpu::device());
   set_workspace_limit(c10::DeviceType::CPU, 64 << 10); // several chunks
   const Results got = run(p, c, c.kept, kDevice);
 
@@ -197,7 +206,7 @@ TEST_F(DeviceSweep, AnyLengthFitsIntoFloat16) {
     p.weight[7].zero_();
     p.input[4].zero_();
     p.margins.parameters.m2 = 0.0;
-    const Results expected = run(widen(p), c, 0, cpu::sweep_kernels());
+    const Results expected = run(widen(p), c, 0, cpu::device());
     const Results got = run(p, c, 0, kDevice);
     EXPECT_LT((got.forward.other_lse - expected.forward.other_lse).abs().max().item<double>(), 16 * 0x1p-11);
     for (size_t i = 0; i < 2; ++i) {
@@ -235,7 +244,7 @@ TEST_F(DeviceSweep, UnusedRowsReachNothing) {
     c.normalize_input = normalize;
     c.upstream_scale = 0x1p24;
     LinearProblem p = make_problem(c);
-    const Results expected = run(widen(p), c, 0, cpu::sweep_kernels());
+    const Results expected = run(widen(p), c, 0, cpu::device());
     p.input[1].fill_(std::numeric_limits<float>::quiet_NaN());
     const Results got = run(p, c, 0, kDevice);
     EXPECT_LT(relative_error(got.gradients[1], expected.gradients[1]), 4 * 0x1p-11);
@@ -259,7 +268,7 @@ TEST_F(DeviceSweep, LogitErrors) {
     p.margins.parameters.scale = 64.0;
     p.target.fill_(-1);
     const at::Tensor got = sweep_logits(p, kDevice).logits;
-    const at::Tensor expected = sweep_logits(widen(p), cpu::sweep_kernels()).logits;
+    const at::Tensor expected = sweep_logits(widen(p), cpu::device()).logits;
     const double rms = (got - expected).square().mean().sqrt().item<double>();
     EXPECT_LT(rms, most);
     RecordProperty("rms", std::to_string(rms));
@@ -279,12 +288,13 @@ TEST_F(DeviceSweep, GradientsOfLogits) {
     c.with_bias = true;
     const LinearProblem p = make_problem(c);
     const at::Tensor upstream = torch::randn({c.rows, c.classes}, torch::kFloat64) * 1e5;
-    const auto backward = [&](const LinearProblem& problem, const SweepKernels& kernels) {
-      const LogitsResult forward = sweep_logits(problem, kernels);
+    const auto backward = [&](const LinearProblem& problem, const Device& on) {
+      const LogitsResult forward = sweep_logits(problem, on);
       return sweep_logits_backward(
-          problem, {upstream.to(problem.acc()), forward.inverse_norms, {true, true, true, false, false}}, kernels);
+          problem,
+          {upstream.to(problem.acc()), forward.inverse_norms, forward.row_state, {true, true, true, false, false}}, on);
     };
-    const Gradients expected = backward(widen(p), cpu::sweep_kernels());
+    const Gradients expected = backward(widen(p), cpu::device());
     const Gradients got = backward(p, kDevice);
     // Products in float32, the result rounded to the parameters' dtype.
     const double tolerance = dtype == at::kDouble ? 1e-12
@@ -322,9 +332,7 @@ TEST_F(DeviceSweep, EmptyBatch) {
   const ForwardResult forward = sweep_forward(p, {std::nullopt, false, 0}, kDevice);
   BackwardRequest request;
   request.other_lse = forward.other_lse;
-  request.kept = forward.kept;
-  request.inverse_norms = forward.inverse_norms;
-  request.weight_sum = forward.weight_sum;
+  request.record = forward.record;
   request.wanted = {true, true, false, false, false};
   const Gradients gradients = sweep_backward(p, request, kDevice);
   EXPECT_EQ(gradients[1].abs().max().item<double>(), 0.0);

@@ -49,18 +49,17 @@ TEST(Threads, LoadRowsAndTheirSum) {
     std::vector<double> sum(kFeatures);
     std::vector<float> out(kRows * kFeatures);
     const LoadRowsArgs args{
-        {p.wide_input.data(), kAcc, kFeatures, 1},
-        kRows,
-        kFeatures,
-        /*normalize=*/true,
-        out.data(),
-        kAcc,
-        kFeatures,
-        /*unit=*/true,
-        p.upstream.data(),
-        /*operand_scale=*/nullptr,
-        norms.data(),
-        sum.data()};
+        .rows = {p.wide_input.data(), kAcc, kFeatures, 1},
+        .row_count = kRows,
+        .features = kFeatures,
+        .measured = true,
+        .out = out.data(),
+        .out_dtype = kAcc,
+        .out_row_stride = kFeatures,
+        .to_unit = true,
+        .row_factor = p.upstream.data(),
+        .inverse_norms = norms.data(),
+        .sum = sum.data()};
     run([&](int64_t b, int64_t e) { load_rows_range(args, kAcc, b, e); }, kRows, threads);
     run([&](int64_t b, int64_t e) { sum_rows_range(args, kAcc, b, e); }, kFeatures, threads);
     return std::tuple(out, norms, sum);
@@ -71,7 +70,7 @@ TEST(Threads, AccumulateAndSoftmax) {
   expect_equal_bits([](int64_t threads) {
     const Problem p(kRows, kFeatures, kClasses);
     std::vector<double> shift(kRows, -INFINITY), sum(kRows), maximum(kRows, -INFINITY);
-    const AccumulateChunkArgs accumulate{p.tile(), false, shift.data(), sum.data(), maximum.data()};
+    const AccumulateChunkArgs accumulate{p.tile(), false, {shift.data(), sum.data(), maximum.data()}};
     run([&](int64_t b, int64_t e) { accumulate_range(accumulate, kAcc, b, e); }, kRows, threads);
     std::vector<float> softmax(kRows * kClasses);
     const SoftmaxChunkArgs args{p.tile(), p.other_lse.data(), p.upstream.data(), true, softmax.data(), kClasses,
@@ -81,19 +80,35 @@ TEST(Threads, AccumulateAndSoftmax) {
   });
 }
 
-TEST(Threads, TargetPass) {
+TEST(Threads, TargetAndCombineRows) {
   expect_equal_bits([](int64_t threads) {
     const Problem p(kRows, kFeatures, kClasses);
-    const std::vector<double> shift(2 * kRows, 1.0), sum(2 * kRows, 3.0), maximum(2 * kRows, 1.5);
-    std::vector<std::vector<double>> wide(3, std::vector<double>(kRows));
-    std::vector<std::vector<float>> rounded(2, std::vector<float>(kRows));
-    const TargetPassArgs args{p.context(),         kRows,          2,
-                              shift.data(),        sum.data(),     maximum.data(),
-                              p.weight_sum.data(), nullptr,        wide[0].data(),
-                              wide[1].data(),      wide[2].data(), rounded[0].data(),
-                              rounded[1].data()};
-    run([&](int64_t b, int64_t e) { target_pass_range(args, kAcc, b, e); }, kRows, threads);
-    return std::pair(wide, rounded);
+    std::vector<RowState> state(kRows);
+    std::vector<double> logit(kRows), other_lse(kRows), logit_sum(kRows);
+    std::vector<float> angle(kRows), largest(kRows);
+    const TargetRowsArgs target{
+        .context = p.context(),
+        .rows = kRows,
+        .measured = false,
+        .state = state.data(),
+        .target_logit = logit.data(),
+        .target_angle = angle.data()};
+    run([&](int64_t b, int64_t e) { target_rows_range(target, kAcc, b, e); }, kRows, threads);
+    std::vector<double> shift(2 * kRows, 1.0), sum(2 * kRows, 3.0), maximum(2 * kRows, 1.5);
+    const CombineRowsArgs combine{
+        .context = p.context(),
+        .rows = kRows,
+        .state = state.data(),
+        .target_logit = logit.data(),
+        .lanes = 2,
+        .sums = {shift.data(), sum.data(), maximum.data()},
+        .weight_sum = p.weight_sum.data(),
+        .bias_sum = nullptr,
+        .other_lse = other_lse.data(),
+        .logit_sum = logit_sum.data(),
+        .max_other_logit = largest.data()};
+    run([&](int64_t b, int64_t e) { combine_rows_range(combine, kAcc, b, e); }, kRows, threads);
+    return std::tuple(logit, angle, other_lse, logit_sum, largest);
   });
 }
 
@@ -105,29 +120,39 @@ TEST(Threads, FinishClassesAndRows) {
     const double total = std::accumulate(p.upstream.begin(), p.upstream.end(), 0.0);
     std::vector<float> grad_weight = random_values<float>(kClasses * kFeatures, 6);
     std::vector<float> grad_bias = random_values<float>(kClasses, 7);
+    const std::vector<RowState> state = p.states();
     const FinishClassesArgs classes{
-        p.context(),
-        upstream,
-        0,
-        kClasses,
-        grad_weight.data(),
-        kFeatures,
-        /*products_lack_norms=*/false,
-        grad_weight.data(),
-        {p.weight.data(), kAcc, kFeatures, 1},
-        p.inverse_norms.data(),
-        grad_bias.data(),
-        &one,
-        p.weight_sum.data(),
-        &total,
-        p.sorted_target.data(),
-        p.order.data(),
-        kRows};
+        .context = p.context(),
+        .state = state.data(),
+        .upstream = upstream,
+        .first_class = 0,
+        .class_count = kClasses,
+        .products = grad_weight.data(),
+        .products_row_stride = kFeatures,
+        .products_lack_norms = false,
+        .grad_weight = grad_weight.data(),
+        .weight = {p.weight.data(), kAcc, kFeatures, 1},
+        .inverse_norms = p.inverse_norms.data(),
+        .bias_products = grad_bias.data(),
+        .products_scale = &one,
+        .input_sum = p.weight_sum.data(),
+        .logit_sum_total = &total,
+        .sorted_target = p.sorted_target.data(),
+        .sorted_row = p.order.data(),
+        .rows = kRows};
     run([&](int64_t b, int64_t e) { finish_classes_range(classes, kAcc, b, e); }, kClasses, threads);
     std::vector<float> grad_input = random_values<float>(kRows * kFeatures, 8);
     std::vector<double> grad_m2(kRows), grad_m3(kRows);
-    const FinishRowsArgs rows{p.context(),       upstream, kRows,          p.weight_sum.data(),
-                              grad_input.data(), &one,     grad_m2.data(), grad_m3.data()};
+    const FinishRowsArgs rows{
+        .context = p.context(),
+        .state = state.data(),
+        .upstream = upstream,
+        .rows = kRows,
+        .weight_sum = p.weight_sum.data(),
+        .products = grad_input.data(),
+        .products_scale = &one,
+        .grad_m2 = grad_m2.data(),
+        .grad_m3 = grad_m3.data()};
     run([&](int64_t b, int64_t e) { finish_rows_range(rows, kAcc, b, e); }, kRows, threads);
     return std::tuple(grad_weight, grad_bias, grad_input, grad_m2, grad_m3);
   });
@@ -139,9 +164,7 @@ void cosine_kernels(c10::ScalarType dtype) {
     const Problem p(kRows, kFeatures, kClasses);
     const std::vector<Scalar> cosine = random_values<Scalar>(kRows * kClasses, 9, 0.3);
     const MarginParameters margin = p.margin();
-    const RawMatrix none{nullptr, kAcc, 0, 0};
-    const CosineContext context{
-        {cosine.data(), dtype, kClasses, 1}, p.target.data(), kClasses, margin, none, none, none};
+    const CosineContext context{{cosine.data(), dtype, kClasses, 1}, p.target.data(), kClasses, margin, {}, {}, {}};
     std::vector<std::vector<double>> results(3, std::vector<double>(kRows));
     const CosineForwardArgs forward{context, true, results[0].data(), results[1].data(), results[2].data()};
     run([&](int64_t b, int64_t e) { cosine_forward(forward, b, e); }, kRows, threads);

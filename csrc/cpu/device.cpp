@@ -1,7 +1,7 @@
-// The kernels of the seam on the CPU: range_kernels.h in parallel. No row is shared between
+// The CPU's kernels: range_kernels.h in parallel. No row is shared between
 // threads and every sum has a fixed order, so results do not depend on the number of threads
 // (the products' own may).
-#include "cpu/sweep_kernels.h"
+#include "cpu/device.h"
 
 #include <ATen/Parallel.h>
 #if defined(__linux__)
@@ -10,6 +10,7 @@
 
 #include "cpu/loops.h"
 #include "cpu/range_kernels.h"
+#include "sweep/tile_steps.h"
 
 namespace torchmargin::cpu {
 namespace {
@@ -42,8 +43,12 @@ void softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc) {
   in_parallel(args, acc, args.tile.row_count, grain(args.tile.class_count), softmax_range);
 }
 
-void target_pass(const TargetPassArgs& args, c10::ScalarType acc) {
-  in_parallel(args, acc, args.rows, grain(args.context.features * 4), target_pass_range);
+void target_rows(const TargetRowsArgs& args, c10::ScalarType acc) {
+  in_parallel(args, acc, args.rows, grain(args.context.features * 4), target_rows_range);
+}
+
+void combine_rows(const CombineRowsArgs& args, c10::ScalarType acc) {
+  in_parallel(args, acc, args.rows, grain(args.context.features * 4), combine_rows_range);
 }
 
 void finish_classes(const FinishClassesArgs& args, c10::ScalarType acc) {
@@ -81,10 +86,21 @@ void prepare_buffer(void* data, int64_t bytes) {
 
 } // namespace
 
-const SweepKernels& sweep_kernels() {
-  static constexpr SweepKernels kernels{kCpuTraits,     load_rows,   accumulate_chunk, softmax_chunk, target_pass,
-                                        finish_classes, finish_rows, run_lanes,        prepare_buffer};
-  return kernels;
+const Device& device() {
+  static const Device cpu{
+      .traits = kCpuTraits,
+      .kernels =
+          {.load_rows = load_rows,
+           .target_rows = target_rows,
+           .accumulate_chunk = accumulate_chunk,
+           .combine_rows = combine_rows,
+           .softmax_chunk = softmax_chunk,
+           .finish_classes = finish_classes,
+           .finish_rows = finish_rows,
+           .run_lanes = run_lanes,
+           .prepare_buffer = prepare_buffer},
+      .steps = kPortableSteps};
+  return cpu;
 }
 
 } // namespace torchmargin::cpu

@@ -1,54 +1,15 @@
-// The bodies of the float64 kernels of the seam, one row (or class) at a time, for one thread
-// on a CPU and for a team of threads on a GPU: the end of the forward pass, and what turns
-// products into gradients. The formulas are those of docs/design.md.
+// What turns products into gradients, one row (or class) at a time in float64, for one thread on a CPU and for a team
+// of threads on a GPU. The formulas are those of docs/design.md.
 #pragma once
 
-#include <limits>
-
 #include "math/host_device.h"
-#include "math/online_lse.h"
 #include "sweep/kernels.h"
-#include "sweep/target_row.h"
+#include "sweep/target_rows.h"
 
 namespace torchmargin {
 
 TORCHMARGIN_HOST_DEVICE inline double upstream_or_zero(const double* upstream, int64_t row) {
   return upstream != nullptr ? upstream[row] : 0.0;
-}
-
-template <typename Scalar, typename T, typename Team>
-TORCHMARGIN_HOST_DEVICE void target_pass_row(const TargetPassArgs& args, int64_t i, const Team& team) {
-  const TargetContext& context = args.context;
-  const Reader<Scalar> x(context.input);
-  const Reader<Scalar> w(context.weight);
-  const TargetRow row = evaluate_target<Scalar>(context, i, team);
-  const double bias = row.present ? vector_element(context.bias, row.target, 0.0) : 0.0;
-  const double target_logit = row.present ? context.margin.scale * row.alpha * row.beta * row.margin.psi + bias : 0.0;
-  double logit_sum = 0.0;
-  if (args.weight_sum != nullptr) {
-    for (int64_t k = team.rank; k < context.features; k += team.size) {
-      const double others = args.weight_sum[k] - (row.present ? row.b * w(row.target, k) : 0.0);
-      logit_sum += row.a * x(i, k) * others;
-    }
-    logit_sum = context.margin.scale * team.sum(logit_sum) + (args.bias_sum != nullptr ? *args.bias_sum - bias : 0.0) +
-        target_logit;
-  }
-  OnlineLse total;
-  double maximum = -std::numeric_limits<double>::infinity();
-  for (int64_t partial = i; partial < args.lanes * args.rows; partial += args.rows) {
-    total.combine({args.shift[partial], args.sum[partial]});
-    maximum = args.maximum[partial] > maximum ? args.maximum[partial] : maximum;
-  }
-  if (team.rank != 0) {
-    return;
-  }
-  const double other_lse = total.project();
-  args.other_lse[i] = other_lse;
-  args.target_logit[i] = target_logit;
-  args.logit_sum[i] = logit_sum;
-  static_cast<T*>(args.target_angle)[i] = static_cast<T>(row.present ? row.angle.theta : 0.0);
-  // The maximum passed NaN over; the sum did not.
-  static_cast<T*>(args.max_other_logit)[i] = static_cast<T>(std::isnan(other_lse) ? other_lse : maximum);
 }
 
 // V of row i to grad_input, and the gradients of its margins.
@@ -57,13 +18,13 @@ TORCHMARGIN_HOST_DEVICE void finish_row(const FinishRowsArgs& args, int64_t i, c
   const TargetContext& context = args.context;
   const int64_t features = context.features;
   T* const products = args.products != nullptr ? static_cast<T*>(args.products) + i * features : nullptr;
-  const double g_o = args.upstream.other_lse[i];
-  const double g_t = args.upstream.target_logit[i];
-  const double g_z = upstream_or_zero(args.upstream.logit_sum, i);
+  const double g_o = args.upstream.others[i];
+  const double g_t = args.upstream.own[i];
+  const double g_z = upstream_or_zero(args.upstream.sum, i);
   const bool nothing = g_o == 0.0 && g_t == 0.0 && g_z == 0.0; // even if the row holds NaN
   TargetRow row{};
   if (!nothing) {
-    row = evaluate_target<Scalar>(context, i, team);
+    row = evaluate_target(context, i, args.state[i]);
   }
   const double margin_factor = g_t == 0.0 ? 0.0 : g_t * context.margin.scale * row.alpha * row.beta;
   if (args.grad_m2 != nullptr && team.rank == 0) {
@@ -126,7 +87,7 @@ TORCHMARGIN_HOST_DEVICE void finish_bias(const FinishClassesArgs& args, int64_t 
     gradient += *args.logit_sum_total;
   }
   for (const int64_t* i = rows.begin; i != rows.end; ++i) {
-    gradient += args.upstream.target_logit[*i] - upstream_or_zero(args.upstream.logit_sum, *i);
+    gradient += args.upstream.own[*i] - upstream_or_zero(args.upstream.sum, *i);
   }
   bias = static_cast<T>(gradient);
 }
@@ -161,11 +122,11 @@ TORCHMARGIN_HOST_DEVICE void finish_class(
       scratch[k - first] = static_cast<double>(products[k]) * unscale + smoothing;
     }
     for (const int64_t* i = rows.begin; i != rows.end; ++i) {
-      const double g_z = upstream_or_zero(args.upstream.logit_sum, *i);
+      const double g_z = upstream_or_zero(args.upstream.sum, *i);
       if (g_z == 0.0) {
         continue;
       }
-      const double a = context.normalize_input ? inverse_norm(squared_norm(x, *i, features, team)) : 1.0;
+      const double a = context.normalize_input ? inverse_norm(args.state[*i].x_squared) : 1.0;
       const double factor = context.margin.scale * b * g_z * a;
       for (int64_t k = first + team.rank; k < last; k += team.size) {
         scratch[k - first] -= factor * x(*i, k);
@@ -194,11 +155,11 @@ TORCHMARGIN_HOST_DEVICE void finish_class(
       scratch[k - first] -= along * unit_w(k);
     }
     for (const int64_t* i = rows.begin; i != rows.end; ++i) {
-      const double upstream = args.upstream.target_logit[*i];
+      const double upstream = args.upstream.own[*i];
       if (upstream == 0.0) {
         continue;
       }
-      const TargetRow target = evaluate_target<Scalar>(context, *i, team);
+      const TargetRow target = evaluate_target(context, *i, args.state[*i]);
       const double factor = context.margin.scale * upstream * target.alpha * b;
       const double radial = context.normalize_weight ? 0.0 : target.margin.psi;
       for (int64_t k = first + team.rank; k < last; k += team.size) {

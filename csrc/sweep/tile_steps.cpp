@@ -1,13 +1,8 @@
-#include "sweep/products.h"
+#include "sweep/tile_steps.h"
 
 #include <ATen/Functions.h>
 
 namespace torchmargin {
-namespace {
-
-constexpr int64_t kAlignment = 8; // elements: slices begin at 16 bytes
-
-} // namespace
 
 void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
   at::Tensor result = out;
@@ -20,6 +15,12 @@ void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, b
   }
 }
 
+namespace {
+
+constexpr int64_t kAlignment = 8; // elements: slices begin at 16 bytes
+
+// Each of S equal slices of n goes to sums of its own: more output tiles for a GPU. Their sum, in order, is the
+// product.
 void multiply_split(const at::Tensor& outs, const at::Tensor& a, const at::Tensor& b) {
   const int64_t splits = outs.size(0);
   const int64_t inner = a.size(1);
@@ -43,5 +44,34 @@ void multiply_split(const at::Tensor& outs, const at::Tensor& a, const at::Tenso
         /*accumulate=*/true);
   }
 }
+
+void score(const SweepKernels& kernels, const Tile& tile, const RunningSums& sums, bool bounded) {
+  multiply(tile.products, tile.row_operand, tile.class_operand.t());
+  kernels.accumulate_chunk({.tile = tile.logits, .bounded = bounded, .sums = sums}, tile.products.scalar_type());
+}
+
+void weigh(const SweepKernels& kernels, const Tile& tile, const Weighing& weighing, const at::Tensor& weights) {
+  if (tile.row_operand.defined()) {
+    multiply(tile.products, tile.row_operand, tile.class_operand.t());
+  }
+  kernels.softmax_chunk(
+      {.tile = tile.logits,
+       .other_lse = weighing.other_lse,
+       .upstream = weighing.upstream,
+       .times_class_factors = weighing.times_class_factors,
+       .out = weights.data_ptr(),
+       .out_row_stride = weights.stride(0),
+       .out_dtype = weights.scalar_type(),
+       .out_scale = weighing.scale},
+      tile.products.scalar_type());
+}
+
+void add_to_weight(const at::Tensor& sums, const at::Tensor& weights, const at::Tensor& row_operand, bool accumulate) {
+  multiply(sums, weights.t(), row_operand, accumulate);
+}
+
+} // namespace
+
+const TileSteps kPortableSteps{score, weigh, multiply_split, add_to_weight};
 
 } // namespace torchmargin

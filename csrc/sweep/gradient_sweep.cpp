@@ -1,0 +1,207 @@
+#include "sweep/gradient_sweep.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+
+#include <tuple>
+
+#include "sweep/tile_steps.h"
+
+namespace torchmargin {
+
+GradientSweep::GradientSweep(
+    const ClassLoop& loop,
+    const GradientRecord& record,
+    const UpstreamVectors& upstream,
+    const std::array<bool, 5>& wanted)
+    : loop_(loop),
+      problem_(loop.problem()),
+      sizes_(loop.sizes()),
+      record_(record),
+      upstream_(upstream),
+      wanted_(wanted),
+      want_input_(wanted[0]),
+      want_weight_(wanted[1]),
+      want_bias_(wanted[2] && problem_.bias.has_value()) {
+  if (wants_products()) {
+    allocate();
+  }
+}
+
+void GradientSweep::allocate() {
+  lanes_.resize(loop_.plan().lanes);
+  for (Lane& lane : lanes_) {
+    lane.weights = loop_.tile_buffer(loop_.operands().dtype);
+    lane.weight_buffer = loop_.weight_buffer();
+    if (want_input_) {
+      lane.input_products = loop_.empty({loop_.plan().input_splits, sizes_.rows, sizes_.features}).zero_();
+    }
+    if (want_weight_) {
+      // NB: not grad_weight itself: a product that writes fresh memory waits for its pages.
+      lane.weight_products =
+          columns_of(loop_.empty({loop_.plan().class_chunk, sizes_.padded(sizes_.features)}), {0, sizes_.features});
+    }
+  }
+  if (want_weight_) {
+    grad_weight_ = loop_.empty({sizes_.classes, sizes_.features}, problem_.weight.scalar_type());
+  }
+  if (want_bias_) {
+    bias_products_ = loop_.empty({sizes_.classes}).zero_();
+  }
+  if (want_weight_ || want_bias_) {
+    std::tie(sorted_target_, sorted_row_) = at::sort(loop_.target(), /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  }
+}
+
+// R and the sum of g_Z: what label smoothing adds to every class.
+void GradientSweep::sum_input(InputNorms& norms) {
+  if (upstream_.smoothed()) {
+    logit_sum_total_ = upstream_.sum.sum();
+    input_sum_ = loop_.double_zeros({sizes_.features});
+    norms.add_rows(pointer<double>(upstream_.sum), pointer<double>(input_sum_));
+  }
+}
+
+void GradientSweep::run(
+    int64_t kept_classes,
+    InputNorms& norms,
+    const at::Tensor& weight_factor,
+    const at::Tensor& operand_scale,
+    const Weigh& weigh) {
+  sum_input(norms);
+  weight_products_scale_ = operand_scale * loop_.operands().softmax_scale;
+  if (want_weight_) {
+    weighted_input_.emplace(loop_, pointer<double>(weight_factor), pointer<double>(operand_scale));
+  }
+  if (want_bias_) {
+    bias_factor_ = (upstream_.others * operand_scale).to(loop_.operands().dtype);
+  }
+  loop_.for_each_chunk(kept_classes, [&](int64_t lane, Range classes) { sweep_chunk(lane, classes, weigh); });
+}
+
+void GradientSweep::sweep_chunk(int64_t place, Range classes, const Weigh& weigh) {
+  const Lane& lane = lanes_[place];
+  const at::Tensor weight = loop_.load_weight(classes, lane.weight_buffer);
+  at::Tensor products; // [class_count, D] for the chunk's grad_weight
+  if (want_weight_) {
+    products = rows_of(lane.weight_products, {0, classes.count});
+    if (sizes_.rows == 0) {
+      products.zero_();
+    }
+  }
+  loop_.for_each_tile([&](Range rows) {
+    const at::Tensor weights = loop_.tile_in(lane.weights, rows, classes);
+    // The bias alone needs Q itself; see multiply_bias.
+    weigh({place, rows, classes, weight, weights, /*times_class_factors=*/!want_bias_});
+    if (want_bias_) {
+      multiply_bias(rows, classes, weights);
+    }
+    if (want_input_) {
+      loop_.steps().add_to_input(lane.input_products.narrow(1, rows.begin, rows.count), weights, weight);
+    }
+    if (want_weight_) {
+      loop_.steps().add_to_weight(products, weights, weighted_input_->tile(rows), /*accumulate=*/rows.begin > 0);
+    }
+  });
+  if (want_weight_ || want_bias_) {
+    finish_chunk(classes, weight, products);
+  }
+}
+
+void GradientSweep::multiply_bias(Range rows, Range classes, const at::Tensor& weights) const {
+  const at::Tensor products = rows_of(bias_products_, classes);
+  const at::Tensor factor = rows_of(bias_factor_, rows);
+  if (weights.scalar_type() != loop_.acc()) {
+    multiply(products.unsqueeze(1), weights.t(), factor.unsqueeze(1), /*accumulate=*/true);
+  } else {
+    products.addmv_(weights.t(), factor);
+  }
+  multiply_by_class_factors(loop_, weights, classes, record_.inverse_norms);
+}
+
+void GradientSweep::finish_chunk(Range classes, const at::Tensor& weight, const at::Tensor& products) const {
+  const bool any_rows = loop_.traits().reads_any_rows;
+  const bool in_place = sizes_.widen_gradients && !any_rows;
+  const at::Tensor to = !want_weight_ || in_place ? products : rows_of(grad_weight_, classes);
+  loop_.kernels().finish_classes(
+      {.context = loop_.context(),
+       .state = row_state(record_.row_state),
+       .upstream = upstream_.pointers(),
+       .first_class = classes.begin,
+       .class_count = classes.count,
+       .products = pointer(products),
+       .products_row_stride = want_weight_ ? products.stride(0) : 0,
+       .products_lack_norms = loop_.operands().unit_vectors && problem_.normalize_weight,
+       .grad_weight = pointer(to),
+       .weight = raw_matrix(any_rows ? rows_of(problem_.weight, classes) : weight),
+       .inverse_norms = problem_.normalize_weight ? rows_of(record_.inverse_norms, classes).data_ptr() : nullptr,
+       .bias_products = want_bias_ ? rows_of(bias_products_, classes).data_ptr() : nullptr,
+       .products_scale = weight_products_scale_.data_ptr<double>(),
+       .input_sum = pointer<double>(input_sum_),
+       .logit_sum_total = pointer<double>(logit_sum_total_),
+       .sorted_target = pointer<int64_t>(sorted_target_),
+       .sorted_row = pointer<int64_t>(sorted_row_),
+       .rows = sizes_.rows},
+      loop_.acc());
+  if (want_weight_ && in_place) {
+    rows_of(grad_weight_, classes).copy_(products);
+  }
+}
+
+// V of all rows, times the scale that is left in it: the sum of slices (into fresh memory, for this becomes the
+// gradient) or of lanes, in order.
+at::Tensor GradientSweep::sum_input_products() const {
+  if (loop_.plan().input_splits > 1) {
+    return lanes_[0].input_products.sum(0);
+  }
+  const at::Tensor total = lanes_[0].input_products.select(0, 0);
+  for (size_t lane = 1; lane < lanes_.size(); ++lane) {
+    total.add_(lanes_[lane].input_products.select(0, 0));
+  }
+  return total;
+}
+
+Gradients GradientSweep::finish() {
+  const auto sample_gradient = [&](size_t index, const std::optional<at::Tensor>& sample) {
+    return wanted_[index] && sample.has_value() ? loop_.double_zeros({sizes_.rows}) : at::Tensor();
+  };
+  const Margins& margins = problem_.margins;
+  const at::Tensor grad_m2 = sample_gradient(3, margins.sample_m2);
+  const at::Tensor grad_m3 = sample_gradient(4, margins.sample_m3);
+  const at::Tensor input_products = want_input_ ? sum_input_products() : at::Tensor();
+  const at::Tensor input_products_scale = loop_.double_zeros({1}).fill_(loop_.operands().softmax_scale);
+  if (loop_.weight_scale().defined()) {
+    input_products_scale.mul_(loop_.weight_scale());
+  }
+  loop_.kernels().finish_rows(
+      {.context = loop_.context(),
+       .state = row_state(record_.row_state),
+       .upstream = upstream_.pointers(),
+       .rows = sizes_.rows,
+       .weight_sum = upstream_.smoothed() ? pointer<double>(record_.weight_sum) : nullptr,
+       .products = pointer(input_products),
+       .products_scale = input_products_scale.data_ptr<double>(),
+       .grad_m2 = pointer<double>(grad_m2),
+       .grad_m3 = pointer<double>(grad_m3)},
+      loop_.acc());
+  const auto returned = [&](const at::Tensor& gradient, const std::optional<at::Tensor>& of) {
+    return gradient.defined() ? gradient.to(of->scalar_type()) : at::empty({0}, problem_.input.options());
+  };
+  return {
+      returned(input_products, problem_.input), returned(grad_weight_, problem_.weight),
+      returned(bias_products_, problem_.bias), returned(grad_m2, margins.sample_m2),
+      returned(grad_m3, margins.sample_m3)};
+}
+
+void multiply_by_class_factors(
+    const ClassLoop& loop,
+    const at::Tensor& tile,
+    Range classes,
+    const at::Tensor& inverse_norms) {
+  const at::Tensor factors = loop.class_factors(classes, inverse_norms);
+  if (factors.defined()) {
+    tile.mul_(factors);
+  }
+}
+
+} // namespace torchmargin

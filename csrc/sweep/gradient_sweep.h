@@ -1,0 +1,109 @@
+// What both backward passes share: from the weights of each tile's classes, wherever they come from, to the gradients.
+// Each row of grad_weight is written once. The formulas are those of docs/design.md.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "sweep/class_loop.h"
+#include "sweep/row_operand.h"
+#include "sweep/upstream.h"
+
+namespace torchmargin {
+
+// A tile of one lane whose weights are wanted.
+struct WeightsWanted {
+  int64_t lane;
+  Range rows;
+  Range classes;
+  at::Tensor class_operand; // [n, D]
+  at::Tensor weights; // [R, n]: where they go
+  bool times_class_factors; // with 1 / |w_j| in them: the products then need no normalised weights
+};
+using Weigh = std::function<void(const WeightsWanted&)>;
+
+// The forward's record, as far as gradients need it.
+struct GradientRecord {
+  const at::Tensor& inverse_norms;
+  const at::Tensor& row_state;
+  const at::Tensor& weight_sum; // defined if upstream.sum is
+};
+
+class GradientSweep {
+ public:
+  // `wanted` as BackwardRequest has it. `operand_scale` [1]: what the operand of grad_weight is multiplied by.
+  GradientSweep(
+      const ClassLoop& loop,
+      const GradientRecord& record,
+      const UpstreamVectors& upstream,
+      const std::array<bool, 5>& wanted);
+
+  bool wants_products() const {
+    return want_input_ || want_weight_ || want_bias_;
+  }
+  bool wants_bias() const {
+    return want_bias_;
+  }
+  // Where a lane's weights go, in turn.
+  const at::Tensor& weights_buffer(int64_t lane) const {
+    return lanes_[lane].weights;
+  }
+
+  // Goes over the classes and asks `weigh` for every tile. `weight_factor` [B]: scale g_o; `operand_scale` [1]: what
+  // the operand of grad_weight is multiplied by.
+  void run(
+      int64_t kept_classes,
+      InputNorms& norms,
+      const at::Tensor& weight_factor,
+      const at::Tensor& operand_scale,
+      const Weigh& weigh);
+
+  Gradients finish();
+
+ private:
+  // One lane's workspace.
+  struct Lane {
+    at::Tensor weights; // a tile of operands
+    at::Tensor weight_buffer; // [class_chunk, D], if weights are converted
+    at::Tensor weight_products; // [class_chunk, D] acc
+    at::Tensor input_products; // [splits, B, D] acc, this lane's parts of V
+  };
+
+  void allocate();
+  void sum_input(InputNorms& norms);
+  void sweep_chunk(int64_t lane, Range classes, const Weigh& weigh);
+  void multiply_bias(Range rows, Range classes, const at::Tensor& weights) const;
+  void finish_chunk(Range classes, const at::Tensor& weight, const at::Tensor& products) const;
+  at::Tensor sum_input_products() const;
+
+  const ClassLoop& loop_;
+  const LinearProblem& problem_;
+  const SweepSizes& sizes_;
+  const GradientRecord record_;
+  const UpstreamVectors& upstream_;
+  const std::array<bool, 5> wanted_;
+  const bool want_input_, want_weight_, want_bias_;
+
+  std::vector<Lane> lanes_;
+  std::optional<RowOperand> weighted_input_; // operand_scale scale g_o A
+  at::Tensor bias_factor_; // [B] operand_scale g_o, as an operand
+  at::Tensor weight_products_scale_; // [1] of the products of grad_weight and grad_bias
+  at::Tensor bias_products_; // [C] acc, becomes grad_bias
+  at::Tensor grad_weight_; // [C, D]
+  at::Tensor input_sum_; // R [D]
+  at::Tensor logit_sum_total_; // 0-dim
+  at::Tensor sorted_target_, sorted_row_; // [B]
+};
+
+// tile *= 1 / |w_j|, where the products need it of it.
+void multiply_by_class_factors(
+    const ClassLoop& loop,
+    const at::Tensor& tile,
+    Range classes,
+    const at::Tensor& inverse_norms);
+
+} // namespace torchmargin
