@@ -11,7 +11,6 @@ set(TORCHMARGIN_GATE_SOURCES
 set(TORCHMARGIN_OPS_SOURCES
   csrc/ops/schema.cpp
   csrc/ops/cross_entropy.cpp
-  csrc/ops/row_loss.cpp
   csrc/ops/linear.cpp
   csrc/ops/cosine.cpp
   csrc/ops/formula.cpp
@@ -46,6 +45,7 @@ set(TORCHMARGIN_SWEEP_SOURCES
 set(TORCHMARGIN_CPU_SOURCES
   csrc/cpu/linear_cpu.cpp
   csrc/cpu/cosine_cpu.cpp
+  csrc/cpu/cross_entropy_cpu.cpp
   csrc/cpu/target_values.cpp)
 
 # What the CPU supplies to the sweep: the kernels in parallel loops,

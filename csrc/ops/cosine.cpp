@@ -14,9 +14,7 @@ at::Tensor margin_cross_entropy(TORCHMARGIN_COSINE_PARAMETERS, TORCHMARGIN_LOSS_
   const CrossEntropyOptions options = make_cross_entropy_options(op, TORCHMARGIN_LOSS_ARGUMENTS);
   const CosineResult result = call_cosine_forward(problem, ignore_index, /*with_logit_sum=*/label_smoothing > 0);
   return cross_entropy(
-             result.other_lse, result.target_logit, result.logit_sum, target, cosine.sym_size(1), problem.acc(),
-             options)
-      .loss;
+      result.other_lse, result.target_logit, result.logit_sum, target, cosine.sym_size(1), problem.acc(), options);
 }
 
 at::Tensor margin_transform(TORCHMARGIN_TRANSFORM_PARAMETERS) {

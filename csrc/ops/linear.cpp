@@ -51,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_ma
 struct Loss {
   LinearProblem problem;
   ForwardResult result;
-  CrossEntropy entropy;
+  at::Tensor value;
 };
 
 Loss linear_loss(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
@@ -70,17 +70,17 @@ Loss linear_loss(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
 }
 
 at::Tensor linear_margin_cross_entropy(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
-  return linear_loss(TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS).entropy.loss;
+  return linear_loss(TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS).value;
 }
 
 // Each row's logit of its own class without the margin, [B] acc; any number for an ignored row.
-at::Tensor plain_target_logit(const Loss& loss) {
+at::Tensor plain_target_logit(const Loss& loss, const at::Tensor& valid) {
   const LinearProblem& problem = loss.problem;
   const auto norms = [&](const at::Tensor& rows) {
     return at::linalg_vector_norm(rows, 2, /*dim=*/at::IntArrayRef{1}, /*keepdim=*/false, problem.acc());
   };
   at::Tensor logit = problem.margins.parameters.scale * loss.result.target_angle.cos();
-  const at::Tensor target = at::where(loss.entropy.valid, problem.target, at::zeros({}, problem.target.options()));
+  const at::Tensor target = at::where(valid, problem.target, at::zeros({}, problem.target.options()));
   if (!problem.normalize_input) {
     logit = logit * norms(problem.input);
   }
@@ -96,11 +96,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_margin_cross_e
     TORCHMARGIN_LOSS_PARAMETERS) {
   const Loss loss = linear_loss(TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS);
   const at::NoGradGuard no_grad;
-  const at::Tensor count = loss.entropy.valid.sum();
+  const at::Tensor valid = target.ne(ignore_index);
+  const at::Tensor count = valid.sum();
   const at::Tensor zero = at::zeros({}, loss.result.target_angle.options());
-  const auto mean = [&](const at::Tensor& rows) { return at::where(loss.entropy.valid, rows, zero).sum() / count; };
-  const at::Tensor right = plain_target_logit(loss).gt(loss.result.max_other_logit).to(zero.scalar_type());
-  return {loss.entropy.loss, mean(loss.result.target_angle), mean(right), mean(loss.result.max_other_logit)};
+  const auto mean = [&](const at::Tensor& rows) { return at::where(valid, rows, zero).sum() / count; };
+  const at::Tensor right = plain_target_logit(loss, valid).gt(loss.result.max_other_logit).to(zero.scalar_type());
+  return {loss.value, mean(loss.result.target_angle), mean(right), mean(loss.result.max_other_logit)};
 }
 
 at::Tensor margin_logits(

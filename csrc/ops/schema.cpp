@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "ops/arguments.h"
+#include "ops/loss_op.h"
 
 TORCH_LIBRARY(torchmargin, library) {
   library.def(
@@ -16,14 +17,10 @@ TORCH_LIBRARY(torchmargin, library) {
   // Private: the loss with what the modules report of a batch, 0-dim each.
   library.def("_linear_margin_cross_entropy_statistics(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_LOSS_SCHEMA
               ") -> (Tensor loss, Tensor target_angle, Tensor accuracy, Tensor hardest_negative_logit)");
-  // Private: the loss of each row from the forward's results. See ops/row_loss.cpp.
-  library.def(
-      "_margin_row_loss(Tensor other_lse, Tensor target_logit, Tensor? mean_logit, Tensor target, "
-      "float label_smoothing, int ignore_index) -> Tensor");
-  library.def(
-      "_margin_row_loss_backward(Tensor grad, Tensor other_lse, Tensor target_logit, Tensor target, "
-      "float label_smoothing, int ignore_index) -> (Tensor grad_other_lse, Tensor grad_target_logit, "
-      "Tensor grad_mean_logit)");
+  // Private: the loss from the forward's results. See ops/cross_entropy.cpp.
+  library.def("_margin_loss(" TORCHMARGIN_LOSS_OP_SCHEMA ") -> Tensor");
+  library.def("_margin_loss_backward(" TORCHMARGIN_LOSS_BACKWARD_OP_SCHEMA
+              ") -> (Tensor grad_other_lse, Tensor grad_target_logit, Tensor grad_mean_logit)");
   // Private: the forward with what its backward needs, and that backward. See ops/problem.h.
   library.def("_linear_margin_forward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA TORCHMARGIN_FORWARD_REQUEST_SCHEMA
               ") -> (Tensor other_lse, Tensor target_logit, Tensor logit_sum, Tensor target_angle, "
