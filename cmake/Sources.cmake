@@ -56,6 +56,7 @@ set(TORCHMARGIN_CPU_LOOP_SOURCES
 set(TORCHMARGIN_CPU_KERNEL_SOURCES
   csrc/cpu/range_kernels.cpp
   csrc/cpu/gradient_kernels.cpp
+  csrc/cpu/target_kernels.cpp
   csrc/cpu/cosine_kernels.cpp)
 
 # and the row kernels: what chooses one at run time, and what is compiled once per instruction set (no ATen).

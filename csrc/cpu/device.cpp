@@ -97,6 +97,7 @@ const Device& device() {
            .softmax_chunk = softmax_chunk,
            .finish_classes = finish_classes,
            .finish_rows = finish_rows,
+           .widen_upstream = widen_upstream,
            .run_lanes = run_lanes,
            .prepare_buffer = prepare_buffer},
       .steps = kPortableSteps};

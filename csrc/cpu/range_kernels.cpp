@@ -6,11 +6,10 @@
 
 #include "cpu/loops.h"
 #include "cpu/row_kernels.h"
+#include "math/angle.h"
 #include "math/logit.h"
 #include "math/online_lse.h"
 #include "math/team.h"
-#include "sweep/combine_rows.h"
-#include "sweep/target_rows.h"
 
 namespace torchmargin::cpu {
 namespace {
@@ -42,7 +41,11 @@ void load_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begi
     const double operand_scale = args.operand_scale != nullptr ? *args.operand_scale : 1.0;
     for (int64_t i = begin; i < end; ++i) {
       const T* const row = rows + i * args.rows.row_stride;
-      const double inverse = args.measured ? inverse_norm(kernels.squared_norm(row, args.features)) : 1.0;
+      double inverse = 1.0;
+      if (args.measured) {
+        inverse =
+            inverse_norm(args.state != nullptr ? args.state[i].x_squared : kernels.squared_norm(row, args.features));
+      }
       if (inverse_norms != nullptr) {
         inverse_norms[i] = static_cast<T>(inverse);
       }
@@ -58,12 +61,9 @@ void load_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begi
         std::fill(out, out + args.features, T(0));
         continue;
       }
-      if (out != row) {
-        std::copy(row, row + args.features, out);
-      }
       const double factor = args.to_unit ? inverse * given : given;
-      if (factor != 1.0) {
-        kernels.scale_row(out, args.features, factor);
+      if (out != row || factor != 1.0) {
+        kernels.scale_row(row, out, args.features, factor);
       }
     }
   });
@@ -92,8 +92,8 @@ void accumulate_range(const AccumulateChunkArgs& args, c10::ScalarType acc, int6
     const RowKernels<T>& kernels = row_kernels<T>();
     for (int64_t i = begin; i < end; ++i) {
       const T* const products = static_cast<const T*>(tile.products) + i * tile.row_stride;
-      OnlineLse total{args.sums.shift[i], args.sums.sum[i]};
-      double maximum = args.sums.maximum[i];
+      OnlineLse total = args.first ? OnlineLse() : OnlineLse{args.sums.shift[i], args.sums.sum[i]};
+      double maximum = args.first ? -std::numeric_limits<double>::infinity() : args.sums.maximum[i];
       const auto add = [&](int64_t first, int64_t last) {
         for (; first < last; first += kBlock) {
           const BlockSum block = kernels.sum_block(
@@ -131,28 +131,6 @@ void softmax_range(const SoftmaxChunkArgs& args, c10::ScalarType acc, int64_t be
         out[column] = T(0);
       }
     }
-  });
-}
-
-void target_rows_range(const TargetRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
-  with_acc(acc, [&](auto zero) {
-    using T = decltype(zero);
-    with_dtype(args.context.input.dtype, [&](auto scalar) {
-      for (int64_t i = begin; i < end; ++i) {
-        target_row<decltype(scalar), T>(args, i, Alone());
-      }
-    });
-  });
-}
-
-void combine_rows_range(const CombineRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
-  with_acc(acc, [&](auto zero) {
-    using T = decltype(zero);
-    with_dtype(args.context.input.dtype, [&](auto scalar) {
-      for (int64_t i = begin; i < end; ++i) {
-        combine_row<decltype(scalar), T>(args, i, Alone());
-      }
-    });
   });
 }
 

@@ -21,4 +21,7 @@ void finish_rows_range(const FinishRowsArgs& args, c10::ScalarType acc, int64_t 
 // Classes [begin, end) of the chunk.
 void finish_classes_range(const FinishClassesArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
 
+// All rows: little work, and the largest gradient is of all of them.
+void widen_upstream(const WidenUpstreamArgs& args);
+
 } // namespace torchmargin::cpu

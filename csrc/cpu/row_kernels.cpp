@@ -49,26 +49,152 @@ double squared_norm(const T* row, int64_t size) {
   return sum;
 }
 
-template <typename T>
-void scale_row(T* row, int64_t size, double factor) {
+// Calls body(k, lanes) for each vector of float64 of a row, and lastly for what is left of one.
+template <typename Body, typename Tail>
+inline void for_each_wide(int64_t size, Body body, Tail tail) {
   int64_t k = 0;
   for (; k + kWide <= size; k += kWide) {
-    narrow(row + k, widen(row + k) * factor);
+    body(k);
   }
   for (; k < size; ++k) {
-    row[k] = static_cast<T>(static_cast<double>(row[k]) * factor);
+    tail(k);
   }
 }
 
 template <typename T>
-void add_row(double* sum, const T* row, int64_t size, double factor) {
+void distances(
+    const T* x,
+    const T* w,
+    int64_t size,
+    double inverse_x,
+    double inverse_w,
+    double* difference,
+    double* sum) {
+  Vector<double> differences[2] = {};
+  Vector<double> sums[2] = {};
   int64_t k = 0;
-  for (; k + kWide <= size; k += kWide) {
-    store(sum + k, load(sum + k) + widen(row + k) * factor);
+  for (; k + 2 * kWide <= size; k += 2 * kWide) {
+    for (int part = 0; part < 2; ++part) {
+      const Vector<double> unit_x = widen(x + k + part * kWide) * inverse_x;
+      const Vector<double> unit_w = widen(w + k + part * kWide) * inverse_w;
+      const Vector<double> apart = unit_x - unit_w;
+      const Vector<double> together = unit_x + unit_w;
+      differences[part] += apart * apart;
+      sums[part] += together * together;
+    }
   }
+  *difference = sum_lanes<double>(differences[0] + differences[1]);
+  *sum = sum_lanes<double>(sums[0] + sums[1]);
   for (; k < size; ++k) {
-    sum[k] += static_cast<double>(row[k]) * factor;
+    const double unit_x = static_cast<double>(x[k]) * inverse_x;
+    const double unit_w = static_cast<double>(w[k]) * inverse_w;
+    *difference += (unit_x - unit_w) * (unit_x - unit_w);
+    *sum += (unit_x + unit_w) * (unit_x + unit_w);
   }
+}
+
+template <typename T>
+void scale_row(const T* from, T* to, int64_t size, double factor) {
+  for_each_wide(
+      size, [&](int64_t k) { narrow(to + k, widen(from + k) * factor); },
+      [&](int64_t k) { to[k] = static_cast<T>(static_cast<double>(from[k]) * factor); });
+}
+
+template <typename T>
+void widen_row(const T* from, double* to, int64_t size, double factor) {
+  for_each_wide(
+      size, [&](int64_t k) { store(to + k, widen(from + k) * factor); },
+      [&](int64_t k) { to[k] = static_cast<double>(from[k]) * factor; });
+}
+
+template <typename T>
+void narrow_row(const double* from, T* to, int64_t size) {
+  for_each_wide(
+      size, [&](int64_t k) { narrow(to + k, load(from + k)); }, [&](int64_t k) { to[k] = static_cast<T>(from[k]); });
+}
+
+template <typename T>
+void add_row(double* sum, const T* row, int64_t size, double factor) {
+  for_each_wide(
+      size, [&](int64_t k) { store(sum + k, load(sum + k) + widen(row + k) * factor); },
+      [&](int64_t k) { sum[k] += static_cast<double>(row[k]) * factor; });
+}
+
+template <typename T>
+double dot(const double* a, const T* b, int64_t size) {
+  Vector<double> sums[2] = {};
+  int64_t k = 0;
+  for (; k + 2 * kWide <= size; k += 2 * kWide) {
+    sums[0] += load(a + k) * widen(b + k);
+    sums[1] += load(a + k + kWide) * widen(b + k + kWide);
+  }
+  double sum = sum_lanes<double>(sums[0] + sums[1]);
+  for (; k < size; ++k) {
+    sum += a[k] * static_cast<double>(b[k]);
+  }
+  return sum;
+}
+
+// For numbers and for vectors of them.
+template <typename Number>
+inline Number tangent_term(Number self, Number other, const TangentTerm& term) {
+  const Number s = self * term.inverse_self;
+  const Number o = other * term.inverse_other;
+  const Number tangent = ((o + s * term.sign) - s * (term.sign * term.half)) * term.inverse_sine;
+  return (s * term.radial - tangent * term.dtheta) * term.factor;
+}
+
+template <typename T>
+void add_tangent(double* sum, const T* self, const T* other, int64_t size, const TangentTerm& term) {
+  for_each_wide(
+      size, [&](int64_t k) { store(sum + k, load(sum + k) + tangent_term(widen(self + k), widen(other + k), term)); },
+      [&](int64_t k) { sum[k] += tangent_term(static_cast<double>(self[k]), static_cast<double>(other[k]), term); });
+}
+
+template <typename T>
+void finish_row(
+    T* products,
+    const T* self,
+    const T* other,
+    int64_t size,
+    const RowGradient& gradient,
+    const TangentTerm& term) {
+  const bool smoothed = gradient.smoothing != 0.0;
+  const auto others = [&](int64_t k) {
+    const Vector<double> value = widen(products + k) * gradient.unscale;
+    return smoothed ? value + load(gradient.sum + k) * gradient.smoothing : value;
+  };
+  const auto other_at = [&](int64_t k) {
+    const double value = static_cast<double>(products[k]) * gradient.unscale;
+    return smoothed ? value + gradient.sum[k] * gradient.smoothing : value;
+  };
+  double along = 0.0;
+  if (gradient.project) {
+    Vector<double> sums = Vector<double>{};
+    for_each_wide(
+        size, [&](int64_t k) { sums += others(k) * widen(self + k); },
+        [&](int64_t k) { along += other_at(k) * static_cast<double>(self[k]); });
+    along = (along + sum_lanes<double>(sums)) * term.inverse_self * term.inverse_self;
+  }
+  const bool own = term.factor != 0.0;
+  for_each_wide(
+      size,
+      [&](int64_t k) {
+        const Vector<double> x = widen(self + k);
+        Vector<double> value = others(k) - x * along;
+        if (own) {
+          value += tangent_term(x, widen(other + k), term);
+        }
+        narrow(products + k, value * gradient.outer);
+      },
+      [&](int64_t k) {
+        const double x = static_cast<double>(self[k]);
+        double value = other_at(k) - x * along;
+        if (own) {
+          value += tangent_term(x, static_cast<double>(other[k]), term);
+        }
+        products[k] = static_cast<T>(value * gradient.outer);
+      });
 }
 
 // Calls body(z, class_factor, first, lanes) for each vector of logits of a row; in the
@@ -194,7 +320,19 @@ void project_row(const T* row, const T* w, T* out, int64_t size, T inverse_norm,
 }
 
 template <typename T>
-constexpr RowKernels<T> kTable{squared_norm<T>, scale_row<T>, add_row<T>, sum_block<T>, softmax_row<T>, project_row<T>};
+constexpr RowKernels<T> kTable{
+    .squared_norm = squared_norm<T>,
+    .distances = distances<T>,
+    .scale_row = scale_row<T>,
+    .widen_row = widen_row<T>,
+    .narrow_row = narrow_row<T>,
+    .add_row = add_row<T>,
+    .dot = dot<T>,
+    .add_tangent = add_tangent<T>,
+    .finish_row = finish_row<T>,
+    .sum_block = sum_block<T>,
+    .softmax_row = softmax_row<T>,
+    .project_row = project_row<T>};
 
 } // namespace
 

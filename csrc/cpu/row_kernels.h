@@ -24,14 +24,63 @@ struct LogitMap {
   const T* bias;
 };
 
+// What an angular margin adds to the gradient of one of the two vectors `self` and `other`, component by component:
+//   factor (radial s - dtheta ((o + sign s) - sign half s) inverse_sine),   s = inverse_self self_k, o = inverse_other
+//   other_k
+// The tangent in it is that of math/angle.h.
+struct TangentTerm {
+  double inverse_self;
+  double inverse_other;
+  double sign;
+  double half;
+  double inverse_sine;
+  double factor;
+  double radial;
+  double dtheta;
+};
+
+// A row of grad_input beside that term: outer (others_k - along s + term_k), where
+//   others_k = unscale products_k + smoothing sum_k,   along = sum of others_k s
+struct RowGradient {
+  double outer;
+  double unscale;
+  double smoothing;
+  const double* sum; // S - B_y; not read where smoothing is 0
+  bool project; // false: along is 0
+};
+
 template <typename T>
 struct RowKernels {
   // sum x_k^2 in float64.
   double (*squared_norm)(const T* row, int64_t size);
-  // row_k *= factor, rounded once.
-  void (*scale_row)(T* row, int64_t size, double factor);
+  // Squared lengths of the difference and of the sum of inverse_x x and inverse_w w, in float64.
+  void (*distances)(
+      const T* x,
+      const T* w,
+      int64_t size,
+      double inverse_x,
+      double inverse_w,
+      double* difference,
+      double* sum);
+  // to_k = factor * from_k, rounded once. `to` may be `from`.
+  void (*scale_row)(const T* from, T* to, int64_t size, double factor);
+  // The same in float64.
+  void (*widen_row)(const T* from, double* to, int64_t size, double factor);
+  void (*narrow_row)(const double* from, T* to, int64_t size);
   // sum_k += factor * row_k.
   void (*add_row)(double* sum, const T* row, int64_t size, double factor);
+  // sum a_k b_k in float64.
+  double (*dot)(const double* a, const T* b, int64_t size);
+  // sum_k += the term.
+  void (*add_tangent)(double* sum, const T* self, const T* other, int64_t size, const TangentTerm& term);
+  // products become grad_input. `other` may be nullptr where term.factor is 0.
+  void (*finish_row)(
+      T* products,
+      const T* self,
+      const T* other,
+      int64_t size,
+      const RowGradient& gradient,
+      const TangentTerm& term);
   // `bounded`: the shift is 0, else the largest z. size <= kBlock.
   BlockSum (*sum_block)(const T* products, int64_t size, LogitMap<T> map, bool bounded);
   // out_j = exp(z_j - lse) (times class_factor_j), exactly 0 below exp(-50). The lse is not rounded to T: near the

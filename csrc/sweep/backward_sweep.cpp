@@ -28,28 +28,27 @@ Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& gi
   const BackwardRequest request = contiguous(given);
   const ForwardRecord& record = request.record;
   const ClassLoop loop(problem, device, Operands::as_allowed, record.weight_scale);
-  const UpstreamVectors upstream = widen_upstream(loop, request);
+  InputNorms norms(loop);
+  const bool with_bias = request.wanted[2] && problem.bias.has_value();
+  const UpstreamVectors upstream = widen_upstream(loop, request, with_bias, norms);
   GradientSweep sweep(loop, {record.inverse_norms, record.row_state, record.weight_sum}, upstream, request.wanted);
   if (!sweep.wants_products()) {
     return sweep.finish();
   }
   const int64_t kept = std::min(record.kept.size(1), loop.sizes().classes);
-  InputNorms norms(loop);
   const at::Tensor factors = row_factors(loop, norms);
-  const at::Tensor weight_factor = upstream.others * loop.margin().scale;
-  const at::Tensor operand_scale = choose_operand_scale(loop, upstream, weight_factor, sweep.wants_bias(), norms);
 
   // A, where products have to be made again, and where to: the weights' own memory if they are acc.
   std::optional<RowOperand> input;
   std::vector<at::Tensor> products_buffers;
   if (kept < loop.sizes().classes) {
-    input.emplace(loop);
+    input.emplace(loop, record.row_state);
     for (int64_t lane = 0; lane < loop.plan().lanes; ++lane) {
       products_buffers.push_back(
           loop.operands().dtype == loop.acc() ? sweep.weights_buffer(lane) : loop.tile_buffer(loop.acc()));
     }
   }
-  sweep.run(kept, norms, weight_factor, operand_scale, [&](const WeightsWanted& wanted) {
+  sweep.run(kept, norms, [&](const WeightsWanted& wanted) {
     const auto& [lane, rows, classes, weight, weights, times_class_factors] = wanted;
     const bool made = classes.begin < kept; // and only read
     const at::Tensor products =

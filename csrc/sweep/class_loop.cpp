@@ -38,8 +38,9 @@ bool sums_are_bounded(const LinearProblem& problem) {
 
 } // namespace
 
+// A small problem is one tile, and a view costs as much as its arithmetic.
 at::Tensor rows_of(const at::Tensor& tensor, Range rows) {
-  return tensor.narrow(0, rows.begin, rows.count);
+  return rows.begin == 0 && rows.count == tensor.size(0) ? tensor : tensor.narrow(0, rows.begin, rows.count);
 }
 
 bool reads_in_place(const at::Tensor& matrix, const OperandFormat& operands) {
@@ -47,7 +48,8 @@ bool reads_in_place(const at::Tensor& matrix, const OperandFormat& operands) {
 }
 
 at::Tensor columns_of(const at::Tensor& matrix, Range columns) {
-  return matrix.narrow(1, columns.begin, columns.count);
+  return columns.begin == 0 && columns.count == matrix.size(1) ? matrix
+                                                               : matrix.narrow(1, columns.begin, columns.count);
 }
 
 ClassLoop::ClassLoop(

@@ -96,9 +96,7 @@ class ClassLoop {
   // them).
   template <typename Body>
   void for_each_chunk(int64_t kept_classes, Body body) const {
-    const at::ThreadLocalState state; // other lanes run on other threads
-    kernels().run_lanes(plan().lanes, [&](int64_t lane) {
-      const at::ThreadLocalStateGuard guard(state);
+    const auto run_lane = [&](int64_t lane) {
       int64_t chunk = 0;
       for (int64_t begin = 0; begin < sizes().classes; ++chunk) {
         const int64_t end = begin < kept_classes ? kept_classes : sizes().classes;
@@ -108,6 +106,15 @@ class ClassLoop {
         }
         begin += count;
       }
+    };
+    if (plan().lanes == 1) {
+      run_lane(0);
+      return;
+    }
+    const at::ThreadLocalState state; // other lanes run on other threads
+    kernels().run_lanes(plan().lanes, [&](int64_t lane) {
+      const at::ThreadLocalStateGuard guard(state);
+      run_lane(lane);
     });
   }
 

@@ -25,13 +25,24 @@ struct Weighing {
   double scale;
 };
 
+// How a tile's part of the running sums is added; see AccumulateChunkArgs.
+struct Scoring {
+  RunningSums sums;
+  bool bounded;
+  bool first;
+};
+
 struct TileSteps {
-  // The products, and their part of the rows' running sums. `bounded` as AccumulateChunkArgs has it.
-  void (*score)(const SweepKernels&, const Tile&, const RunningSums&, bool bounded);
+  // The products, and their part of the rows' running sums.
+  void (*score)(const SweepKernels&, const Tile&, const Scoring&);
   // The softmax weights of the classes, [R, n], as an operand of the next two. May be the products' memory.
   void (*weigh)(const SweepKernels&, const Tile&, const Weighing&, const at::Tensor& weights);
-  // sums [S, R, D] += weights [R, n] class_operand [n, D], in S slices of n.
-  void (*add_to_input)(const at::Tensor& sums, const at::Tensor& weights, const at::Tensor& class_operand);
+  // sums [S, R, D] = or += weights [R, n] class_operand [n, D], in S slices of n; with several always +=.
+  void (*add_to_input)(
+      const at::Tensor& sums,
+      const at::Tensor& weights,
+      const at::Tensor& class_operand,
+      bool accumulate);
   // sums [n, D] = or += weights^T row_operand, of as many columns as row_operand has.
   void (*add_to_weight)(
       const at::Tensor& sums,

@@ -12,6 +12,18 @@ TORCHMARGIN_HOST_DEVICE inline double upstream_or_zero(const double* upstream, i
   return upstream != nullptr ? upstream[row] : 0.0;
 }
 
+// The gradients of a row's margins; an empty `row` where it has no upstream gradient.
+TORCHMARGIN_HOST_DEVICE inline void finish_margins(const FinishRowsArgs& args, int64_t i, const TargetRow& row) {
+  const double g_t = args.upstream.own[i];
+  const double factor = g_t == 0.0 ? 0.0 : g_t * args.context.margin.scale * row.alpha * row.beta;
+  if (args.grad_m2 != nullptr) {
+    args.grad_m2[i] = factor == 0.0 ? 0.0 : factor * row.margin.dm2;
+  }
+  if (args.grad_m3 != nullptr) {
+    args.grad_m3[i] = factor == 0.0 ? 0.0 : -factor * row.mu;
+  }
+}
+
 // V of row i to grad_input, and the gradients of its margins.
 template <typename Scalar, typename T, typename Team>
 TORCHMARGIN_HOST_DEVICE void finish_row(const FinishRowsArgs& args, int64_t i, const Team& team) {
@@ -26,12 +38,8 @@ TORCHMARGIN_HOST_DEVICE void finish_row(const FinishRowsArgs& args, int64_t i, c
   if (!nothing) {
     row = evaluate_target(context, i, args.state[i]);
   }
-  const double margin_factor = g_t == 0.0 ? 0.0 : g_t * context.margin.scale * row.alpha * row.beta;
-  if (args.grad_m2 != nullptr && team.rank == 0) {
-    args.grad_m2[i] = margin_factor == 0.0 ? 0.0 : margin_factor * row.margin.dm2;
-  }
-  if (args.grad_m3 != nullptr && team.rank == 0) {
-    args.grad_m3[i] = margin_factor == 0.0 ? 0.0 : -margin_factor * row.mu;
+  if (team.rank == 0) {
+    finish_margins(args, i, row);
   }
   if (products == nullptr) {
     return;

@@ -2,8 +2,9 @@
 // in a small workspace (or where its products are kept for the backward pass), then the lanes' sums combined. Nothing
 // of size B x C exists.
 #include <ATen/Functions.h>
+#include <c10/util/Exception.h>
 
-#include <limits>
+#include <algorithm>
 #include <vector>
 
 #include "sweep/class_loop.h"
@@ -16,6 +17,7 @@ namespace {
 struct Lane {
   at::Tensor products; // a tile, acc
   at::Tensor weight_buffer; // [class_chunk, D], if weights are converted
+  bool begun = false; // its running sums hold something
 };
 
 std::vector<Lane> make_lanes(const ClassLoop& loop, bool with_products) {
@@ -30,18 +32,21 @@ std::vector<Lane> make_lanes(const ClassLoop& loop, bool with_products) {
 }
 
 // The running sums of every row, a set for each lane: [lanes, B] each.
-struct LaneSums {
-  at::Tensor shift, sum, maximum;
-
+class LaneSums {
+ public:
   explicit LaneSums(const ClassLoop& loop)
-      : shift(
-            loop.double_zeros({loop.plan().lanes, loop.sizes().rows}).fill_(-std::numeric_limits<double>::infinity())),
-        sum(loop.double_zeros({loop.plan().lanes, loop.sizes().rows})),
-        maximum(shift.clone()) {}
+      : memory_(loop.empty({3, loop.plan().lanes, loop.sizes().rows}, at::kDouble)),
+        begin_(memory_.data_ptr<double>()),
+        size_(loop.plan().lanes * loop.sizes().rows) {}
 
   RunningSums from(int64_t row) const {
-    return {shift.data_ptr<double>() + row, sum.data_ptr<double>() + row, maximum.data_ptr<double>() + row};
+    return {begin_ + row, begin_ + size_ + row, begin_ + 2 * size_ + row};
   }
+
+ private:
+  at::Tensor memory_;
+  double* begin_;
+  int64_t size_;
 };
 
 } // namespace
@@ -66,10 +71,10 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
 
   const LaneSums sums(loop);
   const at::Tensor weight_sums = loop.double_zeros({lane_count, request.with_logit_sum ? sizes.features : 0});
-  const RowOperand input(loop);
+  const RowOperand input(loop, record.row_state);
   InputNorms norms(loop);
   const at::Tensor factors = row_factors(loop, norms);
-  const std::vector<Lane> lanes = make_lanes(loop, /*with_products=*/kept < sizes.classes);
+  std::vector<Lane> lanes = make_lanes(loop, /*with_products=*/kept < sizes.classes);
   loop.for_each_chunk(kept, [&](int64_t lane, Range classes) {
     const at::Tensor weight = loop.load_weight(
         classes, lanes[lane].weight_buffer, record.inverse_norms, pointer<double>(weight_sums.select(0, lane)));
@@ -78,11 +83,16 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
                                                        : loop.tile_in(lanes[lane].products, rows, classes);
       const Tile tile{
           input.tile(rows), weight, products, loop.describe(products, rows, classes, record.inverse_norms, factors)};
-      loop.steps().score(loop.kernels(), tile, sums.from(lane * sizes.rows + rows.begin), loop.bounded());
+      loop.steps().score(
+          loop.kernels(), tile,
+          {.sums = sums.from(lane * sizes.rows + rows.begin), .bounded = loop.bounded(), .first = !lanes[lane].begun});
     });
+    lanes[lane].begun = true;
   });
 
-  record.weight_sum = weight_sums.sum(0);
+  // NB: a lane without a chunk would leave its running sums unwritten; the plan gives each several.
+  TORCH_INTERNAL_ASSERT(std::all_of(lanes.begin(), lanes.end(), [](const Lane& lane) { return lane.begun; }));
+  record.weight_sum = request.with_logit_sum && lane_count > 1 ? weight_sums.sum(0) : weight_sums.select(0, 0);
   const at::Tensor bias_sum = problem.bias.has_value() ? loop.bias()->sum(at::kDouble) : at::Tensor();
   result.other_lse = loop.empty({sizes.rows}, at::kDouble);
   result.logit_sum = loop.empty({sizes.rows}, at::kDouble);

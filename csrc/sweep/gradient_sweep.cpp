@@ -34,7 +34,11 @@ void GradientSweep::allocate() {
     lane.weights = loop_.tile_buffer(loop_.operands().dtype);
     lane.weight_buffer = loop_.weight_buffer();
     if (want_input_) {
-      lane.input_products = loop_.empty({loop_.plan().input_splits, sizes_.rows, sizes_.features}).zero_();
+      lane.input_products = loop_.empty({loop_.plan().input_splits, sizes_.rows, sizes_.features});
+      lane.has_input_products = loop_.plan().input_splits > 1;
+      if (lane.has_input_products) {
+        lane.input_products.zero_();
+      }
     }
     if (want_weight_) {
       // NB: not grad_weight itself: a product that writes fresh memory waits for its pages.
@@ -62,25 +66,28 @@ void GradientSweep::sum_input(InputNorms& norms) {
   }
 }
 
-void GradientSweep::run(
-    int64_t kept_classes,
-    InputNorms& norms,
-    const at::Tensor& weight_factor,
-    const at::Tensor& operand_scale,
-    const Weigh& weigh) {
+void GradientSweep::run(int64_t kept_classes, InputNorms& norms, const Weigh& weigh) {
   sum_input(norms);
-  weight_products_scale_ = operand_scale * loop_.operands().softmax_scale;
+  weight_products_scale_ = loop_.operands().softmax_scale == 1.0
+      ? upstream_.operand_scale
+      : upstream_.operand_scale * loop_.operands().softmax_scale;
   if (want_weight_) {
-    weighted_input_.emplace(loop_, pointer<double>(weight_factor), pointer<double>(operand_scale));
+    weighted_input_.emplace(
+        loop_, record_.row_state, pointer<double>(upstream_.weight_factor), pointer<double>(upstream_.operand_scale));
   }
   if (want_bias_) {
-    bias_factor_ = (upstream_.others * operand_scale).to(loop_.operands().dtype);
+    bias_factor_ = (upstream_.others * upstream_.operand_scale).to(loop_.operands().dtype);
   }
   loop_.for_each_chunk(kept_classes, [&](int64_t lane, Range classes) { sweep_chunk(lane, classes, weigh); });
+  for (Lane& lane : lanes_) {
+    if (want_input_ && !lane.has_input_products) {
+      lane.input_products.zero_();
+    }
+  }
 }
 
 void GradientSweep::sweep_chunk(int64_t place, Range classes, const Weigh& weigh) {
-  const Lane& lane = lanes_[place];
+  Lane& lane = lanes_[place];
   const at::Tensor weight = loop_.load_weight(classes, lane.weight_buffer);
   at::Tensor products; // [class_count, D] for the chunk's grad_weight
   if (want_weight_) {
@@ -97,12 +104,14 @@ void GradientSweep::sweep_chunk(int64_t place, Range classes, const Weigh& weigh
       multiply_bias(rows, classes, weights);
     }
     if (want_input_) {
-      loop_.steps().add_to_input(lane.input_products.narrow(1, rows.begin, rows.count), weights, weight);
+      loop_.steps().add_to_input(
+          lane.input_products.narrow(1, rows.begin, rows.count), weights, weight, lane.has_input_products);
     }
     if (want_weight_) {
       loop_.steps().add_to_weight(products, weights, weighted_input_->tile(rows), /*accumulate=*/rows.begin > 0);
     }
   });
+  lane.has_input_products = true;
   if (want_weight_ || want_bias_) {
     finish_chunk(classes, weight, products);
   }

@@ -35,7 +35,7 @@ struct GradientRecord {
 
 class GradientSweep {
  public:
-  // `wanted` as BackwardRequest has it. `operand_scale` [1]: what the operand of grad_weight is multiplied by.
+  // `wanted` as BackwardRequest has it.
   GradientSweep(
       const ClassLoop& loop,
       const GradientRecord& record,
@@ -45,22 +45,13 @@ class GradientSweep {
   bool wants_products() const {
     return want_input_ || want_weight_ || want_bias_;
   }
-  bool wants_bias() const {
-    return want_bias_;
-  }
   // Where a lane's weights go, in turn.
   const at::Tensor& weights_buffer(int64_t lane) const {
     return lanes_[lane].weights;
   }
 
-  // Goes over the classes and asks `weigh` for every tile. `weight_factor` [B]: scale g_o; `operand_scale` [1]: what
-  // the operand of grad_weight is multiplied by.
-  void run(
-      int64_t kept_classes,
-      InputNorms& norms,
-      const at::Tensor& weight_factor,
-      const at::Tensor& operand_scale,
-      const Weigh& weigh);
+  // Goes over the classes and asks `weigh` for every tile.
+  void run(int64_t kept_classes, InputNorms& norms, const Weigh& weigh);
 
   Gradients finish();
 
@@ -71,6 +62,7 @@ class GradientSweep {
     at::Tensor weight_buffer; // [class_chunk, D], if weights are converted
     at::Tensor weight_products; // [class_chunk, D] acc
     at::Tensor input_products; // [splits, B, D] acc, this lane's parts of V
+    bool has_input_products = false; // false: the first chunk writes them
   };
 
   void allocate();

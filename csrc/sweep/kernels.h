@@ -53,6 +53,7 @@ struct LoadRowsArgs {
   c10::ScalarType out_dtype = c10::ScalarType::Undefined; // acc; on a GPU also float16 or bfloat16
   int64_t out_row_stride = 0;
   bool to_unit = false;
+  const RowState* state = nullptr; // [row_count] the rows' own, where they are known: it holds their norms
   const double* row_factor = nullptr; // [row_count] or nullptr: 1; a row with 0 counts as 0, whatever it holds
   const double* operand_scale = nullptr; // [1] or nullptr: 1; a row factor below 2^-90 with it is 0
   void* inverse_norms = nullptr; // [row_count] acc, or nullptr
@@ -85,6 +86,7 @@ struct RunningSums {
 struct AccumulateChunkArgs {
   ProductsTile tile;
   bool bounded; // no sum of exp(z) can overflow: the shift is 0 and no maximum is subtracted
+  bool first; // the sums hold nothing yet, and are not read
   RunningSums sums;
 };
 
@@ -133,6 +135,21 @@ struct Upstream {
   const double* sum; // g_Z [B], or nullptr: all 0
 };
 
+// The upstream gradients as the sweep needs them, where a device makes them in one pass: upstream.h has the formulas.
+struct WidenUpstreamArgs {
+  RawMatrix grad_other_lse, grad_target_logit, grad_logit_sum; // [B, 1] or data == nullptr: 0
+  const double* other_lse; // [B]
+  const int64_t* target; // [B]
+  int64_t rows; // B
+  int64_t classes; // C
+  double scale;
+  double* others; // [B] each
+  double* own;
+  double* sum; // or nullptr where there is no grad_logit_sum
+  double* weight_factor; // scale g_o
+  double* operand_scale; // [1] that of acc operands
+};
+
 // Turns the products into rows [first_class, first_class + class_count) of grad_weight and
 // grad_bias.
 struct FinishClassesArgs {
@@ -179,6 +196,8 @@ struct SweepKernels {
   void (*softmax_chunk)(const SoftmaxChunkArgs&, c10::ScalarType acc);
   void (*finish_classes)(const FinishClassesArgs&, c10::ScalarType acc);
   void (*finish_rows)(const FinishRowsArgs&, c10::ScalarType acc);
+  // nullptr: ATen's ops do it.
+  void (*widen_upstream)(const WidenUpstreamArgs&);
   // Runs body(0) ... body(lanes - 1), side by side where the device can.
   void (*run_lanes)(int64_t lanes, const std::function<void(int64_t)>& body);
   // Is told of a large fresh buffer before it is first written; may do nothing.

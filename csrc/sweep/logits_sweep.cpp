@@ -41,7 +41,7 @@ LogitsResult sweep_logits(const LinearProblem& problem, const Device& device) {
   const ClassLoop::TargetRows targets = loop.target_rows(/*given_state=*/std::nullopt);
   result.row_state = targets.state;
 
-  const RowOperand input(loop);
+  const RowOperand input(loop, result.row_state);
   InputNorms norms(loop);
   const at::Tensor factors = row_factors(loop, norms);
   std::vector<at::Tensor> weight_buffers;
@@ -80,9 +80,7 @@ sweep_logits_backward(const LinearProblem& problem, const LogitsBackwardRequest&
     return sweep.finish();
   }
   InputNorms norms(loop);
-  const at::Tensor weight_factor = upstream.others * loop.margin().scale;
-  const at::Tensor operand_scale = loop.double_zeros({1}).fill_(1.0);
-  sweep.run(/*kept_classes=*/0, norms, weight_factor, operand_scale, [&](const WeightsWanted& wanted) {
+  sweep.run(/*kept_classes=*/0, norms, [&](const WeightsWanted& wanted) {
     const auto& [lane, rows, classes, weight, weights, times_class_factors] = wanted;
     weights.copy_(columns_of(rows_of(request.grad_logits, rows), classes));
     const at::Tensor columns = at::arange(classes.begin, classes.begin + classes.count, loop.target().options());

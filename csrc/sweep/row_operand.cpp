@@ -6,19 +6,30 @@
 
 namespace torchmargin {
 
-RowOperand::RowOperand(const ClassLoop& loop)
+RowOperand::RowOperand(const ClassLoop& loop, const at::Tensor& row_state)
     : RowOperand(
           loop,
+          row_state,
           // bfloat16 goes in as it is; row_factors() has the rest.
           loop.operands().unit_vectors || (loop.problem().normalize_input && loop.operands().dtype == loop.acc()),
           /*factor=*/nullptr,
           /*operand_scale=*/nullptr) {}
 
-RowOperand::RowOperand(const ClassLoop& loop, const double* factor, const double* operand_scale)
-    : RowOperand(loop, loop.problem().normalize_input, factor, operand_scale) {}
+RowOperand::RowOperand(
+    const ClassLoop& loop,
+    const at::Tensor& row_state,
+    const double* factor,
+    const double* operand_scale)
+    : RowOperand(loop, row_state, loop.problem().normalize_input, factor, operand_scale) {}
 
-RowOperand::RowOperand(const ClassLoop& loop, bool to_unit, const double* factor, const double* operand_scale)
+RowOperand::RowOperand(
+    const ClassLoop& loop,
+    const at::Tensor& row_state,
+    bool to_unit,
+    const double* factor,
+    const double* operand_scale)
     : loop_(loop),
+      state_(torchmargin::row_state(row_state)),
       to_unit_(to_unit),
       factor_(factor),
       operand_scale_(operand_scale),
@@ -50,7 +61,7 @@ at::Tensor RowOperand::tile(Range rows) const {
 
 void RowOperand::load(Range rows, const at::Tensor& to) const {
   at::Tensor from = rows_of(loop_.problem().input, rows);
-  if (!loop_.traits().reads_any_rows) {
+  if (!loop_.traits().reads_any_rows && !(from.scalar_type() == loop_.acc() && from.stride(1) == 1)) {
     from = to.copy_(from);
   }
   loop_.kernels().load_rows(
@@ -62,6 +73,7 @@ void RowOperand::load(Range rows, const at::Tensor& to) const {
        .out_dtype = loop_.operands().dtype,
        .out_row_stride = to.stride(0),
        .to_unit = to_unit_,
+       .state = state_ + rows.begin,
        .row_factor = factor_ == nullptr ? nullptr : factor_ + rows.begin,
        .operand_scale = operand_scale_},
       loop_.acc());

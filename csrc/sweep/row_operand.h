@@ -11,19 +11,25 @@ namespace torchmargin {
 // tile at a time, as the plan says.
 class RowOperand {
  public:
-  // The operand of the logits.
-  explicit RowOperand(const ClassLoop& loop);
+  // The operand of the logits. `row_state` [B, 4]: the rows' norms are known by it.
+  RowOperand(const ClassLoop& loop, const at::Tensor& row_state);
   // A_i factor_i operand_scale; a row with factor 0 is 0, whatever it holds.
-  RowOperand(const ClassLoop& loop, const double* factor, const double* operand_scale);
+  RowOperand(const ClassLoop& loop, const at::Tensor& row_state, const double* factor, const double* operand_scale);
 
   // [row_count, D]; valid until the next call. NB: only where all rows are loaded may lanes call it side by side.
   at::Tensor tile(Range rows) const;
 
  private:
-  RowOperand(const ClassLoop& loop, bool to_unit, const double* factor, const double* operand_scale);
+  RowOperand(
+      const ClassLoop& loop,
+      const at::Tensor& row_state,
+      bool to_unit,
+      const double* factor,
+      const double* operand_scale);
   void load(Range rows, const at::Tensor& to) const;
 
   const ClassLoop& loop_;
+  const RowState* state_;
   bool to_unit_; // rows are brought to unit length
   const double* factor_;
   const double* operand_scale_;

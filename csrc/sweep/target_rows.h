@@ -133,19 +133,24 @@ TORCHMARGIN_HOST_DEVICE inline double own_bias(const TargetContext& context, con
   return row.present ? vector_element(context.bias, row.target, 0.0) : 0.0;
 }
 
-template <typename Scalar, typename T, typename Team>
-TORCHMARGIN_HOST_DEVICE void target_row(const TargetRowsArgs& args, int64_t i, const Team& team) {
+// The results of a row whose state is known.
+template <typename T>
+TORCHMARGIN_HOST_DEVICE void finish_target_row(const TargetRowsArgs& args, int64_t i, const RowState& state) {
   const TargetContext& context = args.context;
-  const RowState state = args.measured ? args.state[i] : measure_row<Scalar>(context, i, team);
-  if (team.rank != 0) {
-    return;
-  }
   args.state[i] = state;
   const TargetRow row = evaluate_target(context, i, state);
   args.target_logit[i] =
       row.present ? context.margin.scale * row.alpha * row.beta * row.margin.psi + own_bias(context, row) : 0.0;
   if (args.target_angle != nullptr) {
     static_cast<T*>(args.target_angle)[i] = static_cast<T>(row.present ? row.angle.theta : 0.0);
+  }
+}
+
+template <typename Scalar, typename T, typename Team>
+TORCHMARGIN_HOST_DEVICE void target_row(const TargetRowsArgs& args, int64_t i, const Team& team) {
+  const RowState state = args.measured ? args.state[i] : measure_row<Scalar>(args.context, i, team);
+  if (team.rank == 0) {
+    finish_target_row<T>(args, i, state);
   }
 }
 

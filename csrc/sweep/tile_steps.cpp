@@ -21,7 +21,7 @@ constexpr int64_t kAlignment = 8; // elements: slices begin at 16 bytes
 
 // Each of S equal slices of n goes to sums of its own: more output tiles for a GPU. Their sum, in order, is the
 // product.
-void multiply_split(const at::Tensor& outs, const at::Tensor& a, const at::Tensor& b) {
+void add_to_input(const at::Tensor& outs, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
   const int64_t splits = outs.size(0);
   const int64_t inner = a.size(1);
   const int64_t slice = splits == 1 ? 0 : inner / splits / kAlignment * kAlignment;
@@ -41,13 +41,15 @@ void multiply_split(const at::Tensor& outs, const at::Tensor& a, const at::Tenso
   if (sliced < inner) {
     multiply(
         outs.select(0, 0), a.narrow(1, sliced, inner - sliced), b.narrow(0, sliced, inner - sliced),
-        /*accumulate=*/true);
+        accumulate || slice > 0);
   }
 }
 
-void score(const SweepKernels& kernels, const Tile& tile, const RunningSums& sums, bool bounded) {
+void score(const SweepKernels& kernels, const Tile& tile, const Scoring& scoring) {
   multiply(tile.products, tile.row_operand, tile.class_operand.t());
-  kernels.accumulate_chunk({.tile = tile.logits, .bounded = bounded, .sums = sums}, tile.products.scalar_type());
+  kernels.accumulate_chunk(
+      {.tile = tile.logits, .bounded = scoring.bounded, .first = scoring.first, .sums = scoring.sums},
+      tile.products.scalar_type());
 }
 
 void weigh(const SweepKernels& kernels, const Tile& tile, const Weighing& weighing, const at::Tensor& weights) {
@@ -72,6 +74,10 @@ void add_to_weight(const at::Tensor& sums, const at::Tensor& weights, const at::
 
 } // namespace
 
-const TileSteps kPortableSteps{score, weigh, multiply_split, add_to_weight};
+const TileSteps kPortableSteps{
+    .score = score,
+    .weigh = weigh,
+    .add_to_input = add_to_input,
+    .add_to_weight = add_to_weight};
 
 } // namespace torchmargin

@@ -24,9 +24,26 @@ at::Tensor power_of_two_scale(const ClassLoop& loop, const at::Tensor& sizes, do
   return at::where(at::isfinite(scale).logical_and(largest > 0), scale, one);
 }
 
-} // namespace
+at::Tensor
+choose_operand_scale(const ClassLoop& loop, const UpstreamVectors& upstream, bool with_bias, InputNorms& norms) {
+  at::Tensor largest = upstream.others;
+  if (loop.operands().unit_vectors) { // what must fit into float16 are the rows
+    largest = upstream.weight_factor.abs();
+    if (!loop.problem().normalize_input) {
+      const at::Tensor& inverse = norms.inverse();
+      // NB: a row without an upstream gradient counts for nothing, whatever its length.
+      largest = at::where(largest.eq(0).logical_or(inverse.eq(0)), loop.double_zeros({}), largest / inverse);
+    }
+    if (with_bias) {
+      largest = at::maximum(largest, upstream.others.abs());
+    }
+  }
+  return power_of_two_scale(loop, largest, loop.operands().largest_row);
+}
 
-UpstreamVectors widen_upstream(const ClassLoop& loop, const BackwardRequest& request) {
+// By ATen's ops.
+UpstreamVectors
+widen_by_parts(const ClassLoop& loop, const BackwardRequest& request, bool with_bias, InputNorms& norms) {
   const auto widen = [&](const std::optional<at::Tensor>& grad) {
     return grad.has_value() ? grad->to(at::kDouble).contiguous() : loop.double_zeros({loop.sizes().rows});
   };
@@ -41,6 +58,42 @@ UpstreamVectors widen_upstream(const ClassLoop& loop, const BackwardRequest& req
   }
   const at::Tensor present = target_place(loop.target(), loop.sizes().classes).present;
   upstream.own = at::where(present, upstream.own, none);
+  upstream.weight_factor = upstream.others * loop.margin().scale;
+  upstream.operand_scale = choose_operand_scale(loop, upstream, with_bias, norms);
+  return upstream;
+}
+
+} // namespace
+
+UpstreamVectors
+widen_upstream(const ClassLoop& loop, const BackwardRequest& request, bool with_bias, InputNorms& norms) {
+  if (loop.kernels().widen_upstream == nullptr) {
+    return widen_by_parts(loop, request, with_bias, norms);
+  }
+  const int64_t rows = loop.sizes().rows;
+  const auto vector = [&](int64_t size) { return loop.empty({size}, at::kDouble); };
+  UpstreamVectors upstream;
+  upstream.others = vector(rows);
+  upstream.own = vector(rows);
+  upstream.weight_factor = vector(rows);
+  upstream.operand_scale = vector(1);
+  if (request.grad_logit_sum.has_value()) {
+    upstream.sum = vector(rows);
+  }
+  loop.kernels().widen_upstream(
+      {.grad_other_lse = raw_vector(request.grad_other_lse),
+       .grad_target_logit = raw_vector(request.grad_target_logit),
+       .grad_logit_sum = raw_vector(request.grad_logit_sum),
+       .other_lse = request.other_lse.const_data_ptr<double>(),
+       .target = pointer<int64_t>(loop.target()),
+       .rows = rows,
+       .classes = loop.sizes().classes,
+       .scale = loop.margin().scale,
+       .others = pointer<double>(upstream.others),
+       .own = pointer<double>(upstream.own),
+       .sum = pointer<double>(upstream.sum),
+       .weight_factor = pointer<double>(upstream.weight_factor),
+       .operand_scale = pointer<double>(upstream.operand_scale)});
   return upstream;
 }
 
@@ -50,28 +103,9 @@ UpstreamVectors logits_upstream(const ClassLoop& loop, const at::Tensor& grad_lo
   UpstreamVectors upstream;
   upstream.others = grad_logits.ne(0).any(1).to(at::kDouble);
   upstream.own = at::where(present, own, loop.double_zeros({}));
+  upstream.weight_factor = upstream.others * loop.margin().scale;
+  upstream.operand_scale = loop.double_zeros({1}).fill_(1.0);
   return upstream;
-}
-
-at::Tensor choose_operand_scale(
-    const ClassLoop& loop,
-    const UpstreamVectors& upstream,
-    const at::Tensor& weight_factor,
-    bool with_bias,
-    InputNorms& norms) {
-  at::Tensor largest = upstream.others;
-  if (loop.operands().unit_vectors) { // what must fit into float16 are the rows
-    largest = weight_factor.abs();
-    if (!loop.problem().normalize_input) {
-      const at::Tensor& inverse = norms.inverse();
-      // NB: a row without an upstream gradient counts for nothing, whatever its length.
-      largest = at::where(largest.eq(0).logical_or(inverse.eq(0)), loop.double_zeros({}), largest / inverse);
-    }
-    if (with_bias) {
-      largest = at::maximum(largest, upstream.others.abs());
-    }
-  }
-  return power_of_two_scale(loop, largest, loop.operands().largest_row);
 }
 
 } // namespace torchmargin

@@ -10,6 +10,10 @@ struct UpstreamVectors {
   at::Tensor others; // g_o [B], 0 where there is no other class
   at::Tensor own; // T [B]
   at::Tensor sum; // g_Z [B], or undefined: all 0
+  at::Tensor weight_factor; // scale g_o [B]
+  // [1]: the power of two that the operands of grad_weight and grad_bias are multiplied by. In acc it brings the
+  // largest g_o to [1/2, 1); float16 unit vectors: the largest row to [2^9, 2^10).
+  at::Tensor operand_scale;
 
   bool smoothed() const {
     return sum.defined();
@@ -19,19 +23,11 @@ struct UpstreamVectors {
   }
 };
 
-UpstreamVectors widen_upstream(const ClassLoop& loop, const BackwardRequest& request);
+UpstreamVectors
+widen_upstream(const ClassLoop& loop, const BackwardRequest& request, bool with_bias, InputNorms& norms);
 
 // The upstream of margin_logits in the same form: a row's gradients of the other classes' logits take
 // the place of g_o Q, with g_o = 1; a row without any gradient has g_o = 0.
 UpstreamVectors logits_upstream(const ClassLoop& loop, const at::Tensor& grad_logits);
-
-// The power of two that the operands of grad_weight and grad_bias are multiplied by, [1]. `weight_factor`: scale g_o
-// [B]. In acc it brings the largest g_o to [1/2, 1); float16 unit vectors: the largest row to [2^9, 2^10).
-at::Tensor choose_operand_scale(
-    const ClassLoop& loop,
-    const UpstreamVectors& upstream,
-    const at::Tensor& weight_factor,
-    bool with_bias,
-    InputNorms& norms);
 
 } // namespace torchmargin

@@ -18,12 +18,16 @@ __global__ void accumulate_chunk_kernel(AccumulateChunkArgs args) {
   const RowLse added = row_lse<T, kCount>(logits, tile.class_count, row.own_column, args.bounded, scratch);
   if (threadIdx.x == 0) {
     OnlineLse total;
-    total.shift = args.sums.shift[i];
-    total.sum = args.sums.sum[i];
+    double maximum = -INFINITY;
+    if (!args.first) {
+      total.shift = args.sums.shift[i];
+      total.sum = args.sums.sum[i];
+      maximum = args.sums.maximum[i];
+    }
     total.combine(added.lse);
     args.sums.shift[i] = total.shift;
     args.sums.sum[i] = total.sum;
-    args.sums.maximum[i] = added.maximum > args.sums.maximum[i] ? added.maximum : args.sums.maximum[i];
+    args.sums.maximum[i] = added.maximum > maximum ? added.maximum : maximum;
   }
 }
 

@@ -140,8 +140,8 @@ TYPED_TEST(DeviceKernels, AccumulateChunk) {
       }
       const auto run = [&](auto accumulate) {
         std::vector<double> shift(rows, 1.0), sum(rows, 2.0), maximum(rows, -3.0);
-        accumulate(
-            AccumulateChunkArgs{p.tile(!bounded, !bounded), bounded, {shift.data(), sum.data(), maximum.data()}});
+        accumulate(AccumulateChunkArgs{
+            p.tile(!bounded, !bounded), bounded, /*first=*/false, {shift.data(), sum.data(), maximum.data()}});
         for (int64_t i = 0; i < rows; ++i) { // shift and sum may differ, what they mean may not
           sum[i] = shift[i] + std::log(sum[i]);
         }
@@ -170,7 +170,8 @@ TYPED_TEST(DeviceKernels, AnInfiniteLogitStaysInfinite) {
     p.products[place] = infinity;
     for (const bool on_device : {false, true}) {
       std::vector<double> shift(1, -INFINITY), sum(1), maximum(1, -INFINITY);
-      const AccumulateChunkArgs args{p.tile(), /*bounded=*/false, {shift.data(), sum.data(), maximum.data()}};
+      const AccumulateChunkArgs args{
+          p.tile(), /*bounded=*/false, /*first=*/false, {shift.data(), sum.data(), maximum.data()}};
       on_device ? device::launch_accumulate_chunk(args, kAcc, nullptr) : cpu::accumulate_range(args, kAcc, 0, 1);
       OnlineLse total;
       total.combine({1e6, 1.0}); // another chunk's, far above
@@ -192,7 +193,8 @@ TYPED_TEST(DeviceKernels, AccumulateExtremeLogits) {
   p.products[3 * 1100 + 700] = infinity;
   std::vector<double> shift(5, -INFINITY), sum(5), maximum(5, -INFINITY);
   const ProductsTile tile = p.tile();
-  device::launch_accumulate_chunk({tile, /*bounded=*/false, {shift.data(), sum.data(), maximum.data()}}, kAcc, nullptr);
+  device::launch_accumulate_chunk(
+      {tile, /*bounded=*/false, /*first=*/false, {shift.data(), sum.data(), maximum.data()}}, kAcc, nullptr);
   double largest = -INFINITY;
   double expected = 0.0;
   for (int64_t j = 1; j < 1100; ++j) { // row 0's target is class 0

@@ -36,6 +36,7 @@ const Device kDevice{
                              c10::ScalarType acc) { device::launch_finish_classes(args, acc, nullptr); },
         .finish_rows = [](const FinishRowsArgs& args,
                           c10::ScalarType acc) { device::launch_finish_rows(args, acc, nullptr); },
+        .widen_upstream = nullptr,
         .run_lanes = run_lanes,
         .prepare_buffer = [](void*, int64_t) {}},
     .steps = kPortableSteps};

@@ -70,7 +70,7 @@ TEST(Threads, AccumulateAndSoftmax) {
   expect_equal_bits([](int64_t threads) {
     const Problem p(kRows, kFeatures, kClasses);
     std::vector<double> shift(kRows, -INFINITY), sum(kRows), maximum(kRows, -INFINITY);
-    const AccumulateChunkArgs accumulate{p.tile(), false, {shift.data(), sum.data(), maximum.data()}};
+    const AccumulateChunkArgs accumulate{p.tile(), false, false, {shift.data(), sum.data(), maximum.data()}};
     run([&](int64_t b, int64_t e) { accumulate_range(accumulate, kAcc, b, e); }, kRows, threads);
     std::vector<float> softmax(kRows * kClasses);
     const SoftmaxChunkArgs args{p.tile(), p.other_lse.data(), p.upstream.data(), true, softmax.data(), kClasses,

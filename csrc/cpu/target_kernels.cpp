@@ -1,0 +1,87 @@
+// The targets before the sweep and the end of the forward pass. Rows that are contiguous in acc go through the row
+// kernels; any others through the bodies that all devices share.
+#include <vector>
+
+#include "cpu/contiguous_rows.h"
+#include "cpu/loops.h"
+#include "cpu/range_kernels.h"
+#include "cpu/row_kernels.h"
+#include "math/team.h"
+#include "sweep/combine_rows.h"
+#include "sweep/target_rows.h"
+
+namespace torchmargin::cpu {
+namespace {
+
+// measure_row() by the row kernels.
+template <typename T>
+RowState measure_contiguous_row(const TargetContext& context, int64_t row) {
+  const RowKernels<T>& kernels = row_kernels<T>();
+  const T* const x = contiguous_row<T>(context.input, row);
+  const int64_t target = context.target[row];
+  RowState state{};
+  state.x_squared = kernels.squared_norm(x, context.features);
+  if (target < 0 || target >= context.classes) {
+    return state;
+  }
+  const T* const w = contiguous_row<T>(context.weight, target);
+  state.w_squared = kernels.squared_norm(w, context.features);
+  const double inverse_x = inverse_norm(state.x_squared);
+  const double inverse_w = inverse_norm(state.w_squared);
+  if (inverse_x != 0.0 && inverse_w != 0.0) {
+    kernels.distances(x, w, context.features, inverse_x, inverse_w, &state.delta_squared, &state.sigma_squared);
+  }
+  return state;
+}
+
+// The sum of A_i . B_j over the other classes. `scratch`: [D].
+template <typename T>
+double sum_contiguous_row(const CombineRowsArgs& args, int64_t i, double* scratch) {
+  const TargetContext& context = args.context;
+  const TargetRow row = evaluate_target(context, i, args.state[i]);
+  const double* others = args.weight_sum;
+  if (row.present) {
+    subtract_own_weight<T>(args.weight_sum, context.weight, row.target, row.b, context.features, scratch);
+    others = scratch;
+  }
+  return row.a * row_kernels<T>().dot(others, contiguous_row<T>(context.input, i), context.features);
+}
+
+} // namespace
+
+void target_rows_range(const TargetRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
+  with_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    if (!args.measured && has_contiguous_rows<T>(args.context)) {
+      for (int64_t i = begin; i < end; ++i) {
+        finish_target_row<T>(args, i, measure_contiguous_row<T>(args.context, i));
+      }
+      return;
+    }
+    with_dtype(args.context.input.dtype, [&](auto scalar) {
+      for (int64_t i = begin; i < end; ++i) {
+        target_row<decltype(scalar), T>(args, i, Alone());
+      }
+    });
+  });
+}
+
+void combine_rows_range(const CombineRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
+  with_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    if (args.weight_sum != nullptr && has_contiguous_rows<T>(args.context)) {
+      std::vector<double> scratch(args.context.features);
+      for (int64_t i = begin; i < end; ++i) {
+        finish_combined_row<T>(args, i, sum_contiguous_row<T>(args, i, scratch.data()));
+      }
+      return;
+    }
+    with_dtype(args.context.input.dtype, [&](auto scalar) {
+      for (int64_t i = begin; i < end; ++i) {
+        combine_row<decltype(scalar), T>(args, i, Alone());
+      }
+    });
+  });
+}
+
+} // namespace torchmargin::cpu
