@@ -5,7 +5,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "ops/checks.h"
+#include "ops/margins.h"
 #include "torchmargin/presets.h"
 #include "torchmargin/settings.h"
 #include "torchmargin/torchmargin.h"

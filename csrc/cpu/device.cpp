@@ -4,6 +4,7 @@
 #include "cpu/device.h"
 
 #include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -31,6 +32,8 @@ void load_rows(const LoadRowsArgs& args, c10::ScalarType acc) {
     in_parallel(args, acc, args.row_count, grain(args.features), load_rows_range);
   }
   if (args.sum != nullptr) {
+    // NB: without them the rows would be added as they are, silently.
+    TORCH_INTERNAL_ASSERT(!args.measured || args.inverse_norms != nullptr);
     in_parallel(args, acc, args.features, 64, sum_rows_range);
   }
 }

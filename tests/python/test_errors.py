@@ -288,7 +288,14 @@ def test_the_other_private_backwards_refuse_what_does_not_fit():
     upstream = {"grad_other_lse": torch.ones(3), "grad_target_logit": None, "grad_logit_sum": None}
     with pytest.raises(RuntimeError, match=r"_margin_cosine_backward: expected grad_other_lse to have shape \[4\]"):
         ops._margin_cosine_backward(
-            torch.rand(4, 9), None, None, Y, None, margin_numbers(), **upstream, other_lse=torch.ones(4),
+            torch.rand(4, 9),
+            None,
+            None,
+            Y,
+            None,
+            margin_numbers(),
+            **upstream,
+            other_lse=torch.ones(4),
             wanted=[True, False, False],
         )
     with pytest.raises(RuntimeError, match=r"_margin_transform_backward: expected grad to have shape \[4, 9\]"):
