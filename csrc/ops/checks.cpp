@@ -50,9 +50,10 @@ void check_upstream(
     std::string_view op,
     const char* argument,
     const std::optional<at::Tensor>& grad,
-    const at::Tensor& input) {
-  if (grad.has_value() && grad->defined()) {
-    check_shape(op, argument, *grad, {input.sym_size(0)});
+    c10::SymIntArrayRef shape) {
+  // NB: compiled autograd traces with gradients of unknown shape, which are replaced before anything runs.
+  if (grad.has_value() && grad->defined() && !grad->is_meta()) {
+    check_shape(op, argument, *grad, shape);
   }
 }
 

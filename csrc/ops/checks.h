@@ -16,14 +16,14 @@ void check_floating(std::string_view op, const char* argument, const at::Tensor&
 void check_device(std::string_view op, const char* argument, const at::Tensor& tensor, const at::Tensor& input);
 void check_like_input(std::string_view op, const char* argument, const at::Tensor& tensor, const at::Tensor& input);
 
-// What a private op was given beside the problem: a tensor of this shape, a gradient [B] or none, a result of the
-// forward.
+// What a private op was given beside the problem: a tensor of this shape, a gradient of this shape or none, a result of
+// the forward.
 void check_shape(std::string_view op, const char* argument, const at::Tensor& tensor, c10::SymIntArrayRef shape);
 void check_upstream(
     std::string_view op,
     const char* argument,
     const std::optional<at::Tensor>& grad,
-    const at::Tensor& input);
+    c10::SymIntArrayRef shape);
 void check_returned(
     std::string_view op,
     const char* argument,

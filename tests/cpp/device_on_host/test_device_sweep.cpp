@@ -6,6 +6,7 @@
 
 #include "cpu/device.h"
 #include "kernels/launch.h"
+#include "plan/operands.h"
 #include "sweep/sweeps.h"
 #include "sweep/tile_steps.h"
 #include "torchmargin/settings.h"

@@ -95,14 +95,14 @@ TEST(Operands, AreChosenByDtypeAndDevice) {
     EXPECT_EQ(choose_operands(torchmargin::kCpuTraits, ScalarType::Float, narrow).dtype, ScalarType::Float);
     EXPECT_EQ(choose_operands(torchmargin::kCpuTraits, narrow, std::nullopt).dtype, ScalarType::Float);
     EXPECT_EQ(gpu(ScalarType::Float, narrow).dtype, ScalarType::Half);
-    EXPECT_TRUE(gpu(ScalarType::Float, narrow).unit);
+    EXPECT_TRUE(gpu(ScalarType::Float, narrow).unit_vectors);
   }
   EXPECT_EQ(gpu(ScalarType::Float).dtype, ScalarType::Float);
   EXPECT_EQ(gpu(ScalarType::Float, ScalarType::Float).dtype, ScalarType::Float);
   EXPECT_EQ(gpu(ScalarType::Double).dtype, ScalarType::Double);
-  EXPECT_TRUE(gpu(ScalarType::Half).unit);
+  EXPECT_TRUE(gpu(ScalarType::Half).unit_vectors);
   EXPECT_EQ(gpu(ScalarType::BFloat16).dtype, ScalarType::BFloat16);
-  EXPECT_FALSE(gpu(ScalarType::BFloat16).unit);
+  EXPECT_FALSE(gpu(ScalarType::BFloat16).unit_vectors);
 }
 
 TEST(ChunkPlan, IndicesPast32Bits) {

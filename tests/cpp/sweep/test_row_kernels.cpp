@@ -135,7 +135,7 @@ TYPED_TEST(RowKernelsTest, NormsScalesAndProjections) {
     }
     EXPECT_NEAR(this->kernels.squared_norm(row.data(), size) / squared, 1.0, 1e-14);
     auto scaled = row;
-    this->kernels.scale_row(scaled.data(), size, 1.0 / 3.0);
+    this->kernels.scale_row(scaled.data(), scaled.data(), size, 1.0 / 3.0);
     std::vector<double> sum(size, 1.0);
     this->kernels.add_row(sum.data(), row.data(), size, 2.0);
     std::vector<T> out(size);
