@@ -9,9 +9,10 @@ BIN := "$(CURDIR)/$(VENV)/bin"
 TORCHES := $(patsubst requirements/torch-%.txt,%,$(wildcard requirements/torch-*.txt))
 JOBS := $(if $(MAX_JOBS),-j $(MAX_JOBS))
 TESTS ?= tests/python
-# Two tests at a time: most are single-threaded. The threads of those that are not wait asleep for each other.
+# Two files of tests at a time (what a file builds is built once): most tests are single-threaded, and the threads of the
+# others wait asleep for each other.
 WORKERS ?= 2
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 CTEST := ctest --output-on-failure -j $(WORKERS)
 WITH_TOOLS := PATH=$(BIN):"$$PATH"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "examples/data/digits.csv"
 
 pytestmark = [
-    pytest.mark.xdist_group("cpp-examples"),  # the programs are built once
     pytest.mark.skipif(not shutil.which("cmake"), reason="there is no cmake"),
     pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="programs would want sanitizers too"),
 ]

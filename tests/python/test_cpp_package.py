@@ -18,7 +18,6 @@ TORCH = Path(torch.__file__).parent
 THREADS = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
 
 pytestmark = [
-    pytest.mark.xdist_group("cpp-package"),  # the programs are built once
     pytest.mark.skipif(not shutil.which("cmake"), reason="there is no cmake"),
     pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="programs would want sanitizers too"),
 ]
