@@ -1,6 +1,7 @@
 """The ops against the eager specification: all parameters, all results, all dtypes."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torchmargin
 import torchmargin.functional as F
 from torchmargin import reference
 
-from conftest import gradients, problem
+from conftest import gradients, packed, problem
 from rounding import LinearRounding, assert_within, stored
 
 EXTENSIONS = ["none", "linear", "continuous", "easy", "clip", "monotonic"]
@@ -225,6 +226,42 @@ def test_shards_merge_to_the_whole():
     bounds = rounding.loss_gradients()
     for got, expected, bound in zip(gradients(loss(merged), x, w), gradients(loss(whole), x, w), bounds):
         assert_within(got, expected, 2 * bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_forward_with_a_given_state(dtype, normalize, workspace):
+    """The rows' state is what a first forward returned: the same bits, of the whole weight and of its shards."""
+    x, w, y, b = (t.detach() for t in problem(*workspace, dtype=dtype, bias=True))
+    y[2] = -1
+    options = dict(scale=16.0, m2=0.3, normalize_input=normalize, normalize_weight=normalize)
+
+    def forward(state, first=0, last=None, with_sum=True, kept=0):
+        arguments = packed(x, w[first:last], y - first, b[first:last], **options)
+        return torch.ops.torchmargin._linear_margin_forward(*arguments, None, with_sum, kept, state)
+
+    whole = forward(None)
+    state = whole[8]
+    for with_sum, kept in ((True, 0), (False, 0), (True, 7)):
+        for got, expected in zip(forward(state, with_sum=with_sum, kept=kept), forward(None, 0, None, with_sum, kept)):
+            assert torch.equal(got, expected)
+    middle = workspace.classes // 2
+    for first, last in ((0, middle), (middle, workspace.classes)):
+        got, own = forward(state, first, last), forward(None, first, last)
+        for ours, true in zip(got[:5], own[:5]):
+            assert torch.equal(ours, true)
+        held = (first <= y) & (y < last)
+        assert torch.equal(got[1][held], whole[1][held]) and (got[1][~held] == 0).all()
+        assert torch.equal(got[8], state)
+    # The state is read: a right angle's has delta and sigma of 2, squared.
+    right = state.clone()
+    right[:, 2:] = 2.0
+    lengths = 1.0 if normalize else state[:, :2].sqrt().prod(1)
+    own_bias = b.double()[y.clamp(min=0)]
+    expected = torch.where(y >= 0, 16.0 * lengths * math.cos(math.pi / 2 + 0.3) + own_bias, 0.0)
+    # Two roots, an angle of up to pi, its cosine and three products.
+    bound = 2.0**-53 * 16 * (16.0 * lengths + own_bias.abs())
+    assert_within(forward(right)[1], expected, bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
