@@ -325,6 +325,65 @@ TEST_F(DeviceSweep, AnyStrides) {
   }
 }
 
+// The upstream gradients made in one pass and by ATen's ops: the same gradients, bit for bit, NaN and infinities too.
+TEST_F(DeviceSweep, UpstreamInOnePassOrByParts) {
+  Device by_parts = cpu::device();
+  by_parts.kernels.widen_upstream = nullptr;
+  const double infinity = std::numeric_limits<double>::infinity();
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (const at::ScalarType dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+    for (const bool normalize : {true, false}) {
+      for (const bool smoothing : {true, false}) {
+        Case c;
+        c.dtype = dtype;
+        c.normalize_input = c.normalize_weight = normalize;
+        c.with_bias = c.smoothing = smoothing;
+        const LinearProblem p = make_problem(c);
+        const ForwardResult forward = sweep_forward(p, {std::nullopt, smoothing, 0}, cpu::device());
+        const double tiny = dtype == at::kDouble ? 1e-310 : 1e-40;
+        const double huge = dtype == at::kDouble ? 1.7e308 : 3e38; // its power of two has no normal inverse
+        // Of a row; of every other row as many times what it is.
+        const std::vector<std::pair<double, double>> upstreams{
+            {1.0, 1.0},  {1.0, 0x1p24}, {1.0, 0x1p-24}, {tiny, tiny},  {1.0, tiny},      {0.0, 0.0},
+            {0.0, 1e-3}, {nan, 1.0},    {nan, 0.0},     {infinity, 1}, {-infinity, 0.0}, {huge, 1.0}};
+        for (const auto& [one, scale] : upstreams) {
+          SCOPED_TRACE(::testing::Message() << dtype << normalize << smoothing << " " << one << " " << scale);
+          torch::manual_seed(3);
+          const auto upstream = [&] {
+            const at::Tensor grad = (torch::randn({c.rows}, torch::kFloat64) * scale).to(p.acc());
+            grad[4] = one;
+            return grad;
+          };
+          BackwardRequest request;
+          request.grad_other_lse = upstream();
+          request.grad_target_logit = upstream().to(at::kDouble).flip(0); // any dtype and any strides
+          request.grad_target_logit =
+              torch::stack({*request.grad_target_logit, *request.grad_target_logit}, 1).select(1, 0);
+          if (smoothing) {
+            request.grad_logit_sum = upstream();
+          }
+          request.other_lse = forward.other_lse.clone();
+          request.other_lse[5] = -infinity; // a row without another class
+          request.record = forward.record;
+          request.wanted = {true, true, p.bias.has_value(), false, false};
+          const Gradients got = sweep_backward(p, request, cpu::device());
+          const Gradients expected = sweep_backward(p, request, by_parts);
+          for (size_t i = 0; i < got.size(); ++i) {
+            EXPECT_TRUE(torch::allclose(got[i], expected[i], /*rtol=*/0, /*atol=*/0, /*equal_nan=*/true)) << i;
+          }
+          request.grad_other_lse.reset(); // as autograd gives what has no gradient
+          request.grad_logit_sum.reset();
+          const Gradients of_target = sweep_backward(p, request, cpu::device());
+          const Gradients expected_of_target = sweep_backward(p, request, by_parts);
+          for (size_t i = 0; i < got.size(); ++i) {
+            EXPECT_TRUE(torch::allclose(of_target[i], expected_of_target[i], 0, 0, /*equal_nan=*/true)) << i;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_F(DeviceSweep, EmptyBatch) {
   Case c;
   c.compute_dtype = at::kHalf;
