@@ -61,7 +61,6 @@ const Device& this_device() {
            .finish_classes = finish_classes,
            .finish_rows = finish_rows,
            .widen_upstream = nullptr,
-           .widen_upstream = nullptr,
            .run_lanes = run_lanes,
            .prepare_buffer = prepare_buffer},
       .steps = kPortableSteps};

@@ -6,7 +6,7 @@
 
 #include <cmath>
 #include <limits>
-#include <vector>
+#include <string_view>
 
 #include "cpu/loops.h"
 #include "ops/cross_entropy.h"
@@ -17,15 +17,17 @@ namespace {
 
 constexpr int64_t kCostOfRow = 64; // elements that take as long as one row's exponentials
 
-// [B] float64 or int64, contiguous; none: nullptr.
+// [B] float64 or int64, contiguous.
 template <typename T>
 class Rows {
  public:
-  Rows(const char* argument, const at::Tensor& tensor, int64_t rows) : tensor_(tensor.contiguous()) {
+  Rows(std::string_view op, const char* argument, const at::Tensor& tensor, int64_t rows) {
+    constexpr c10::ScalarType dtype = c10::CppTypeToScalarType<T>::value;
     TORCH_CHECK(
-        tensor.dim() == 1 && tensor.size(0) == rows && tensor.scalar_type() == c10::CppTypeToScalarType<T>::value,
-        "_margin_loss: expected ", argument, " to have shape [", rows, "] and dtype ",
-        c10::CppTypeToScalarType<T>::value, ", but got ", tensor.sizes(), " and ", tensor.scalar_type());
+        tensor.dim() == 1 && tensor.size(0) == rows && tensor.scalar_type() == dtype, op, ": expected ", argument,
+        " to have shape [", rows, "] and dtype ", dtype, ", but got ", tensor.sizes(), " and ", tensor.scalar_type());
+    tensor_ = tensor.contiguous();
+    data_ = tensor_.const_data_ptr<T>();
   }
   T operator[](int64_t row) const {
     return data_[row];
@@ -33,8 +35,18 @@ class Rows {
 
  private:
   at::Tensor tensor_;
-  const T* data_ = tensor_.const_data_ptr<T>();
+  const T* data_;
 };
+
+int64_t count_rows(std::string_view op, const at::Tensor& other_lse) {
+  TORCH_CHECK(other_lse.dim() == 1, op, ": expected other_lse to have shape [B], but got ", other_lse.sizes());
+  return other_lse.size(0);
+}
+
+Reduction check_reduction(std::string_view op, int64_t reduction) {
+  TORCH_CHECK(reduction >= 0 && reduction <= 2, op, ": expected reduction to be 0, 1 or 2, but got ", reduction);
+  return static_cast<Reduction>(reduction);
+}
 
 // softplus without a cancellation on either side; 0 without another class.
 double softplus(double gap) {
@@ -66,12 +78,13 @@ int64_t count_valid(const Rows<int64_t>& target, int64_t rows, int64_t ignore_in
 }
 
 at::Tensor margin_loss_cpu(TORCHMARGIN_LOSS_OP_PARAMETERS) {
-  TORCH_CHECK(other_lse.dim() == 1, "_margin_loss: expected other_lse to have shape [B], but got ", other_lse.sizes());
-  const int64_t rows = other_lse.size(0);
-  const Rows<double> other("other_lse", other_lse, rows);
-  const Rows<double> own("target_logit", target_logit, rows);
-  const Rows<double> mean("mean_logit", mean_logit.has_value() ? *mean_logit : other_lse, rows);
-  const Rows<int64_t> labels("target", target, rows);
+  constexpr std::string_view op = "_margin_loss";
+  const Reduction kind = check_reduction(op, reduction);
+  const int64_t rows = count_rows(op, other_lse);
+  const Rows<double> other(op, "other_lse", other_lse, rows);
+  const Rows<double> own(op, "target_logit", target_logit, rows);
+  const Rows<double> mean(op, "mean_logit", mean_logit.has_value() ? *mean_logit : other_lse, rows);
+  const Rows<int64_t> labels(op, "target", target, rows);
   const at::Tensor losses = at::empty({rows}, other_lse.options().requires_grad(false));
   double* const loss = losses.data_ptr<double>();
   for_each_row(rows, [&](int64_t i) {
@@ -84,13 +97,9 @@ at::Tensor margin_loss_cpu(TORCHMARGIN_LOSS_OP_PARAMETERS) {
       loss[i] += label_smoothing * (own[i] - mean[i]);
     }
   });
-  const auto kind = static_cast<Reduction>(reduction);
   if (kind == Reduction::none) {
     return losses.to(dtype);
   }
-  TORCH_CHECK(
-      kind == Reduction::mean || kind == Reduction::sum, "_margin_loss: expected reduction to be 0, 1 or 2, but got ",
-      reduction);
   double total = 0.0;
   for (int64_t i = 0; i < rows; ++i) {
     total += loss[i];
@@ -102,20 +111,20 @@ at::Tensor margin_loss_cpu(TORCHMARGIN_LOSS_OP_PARAMETERS) {
 }
 
 LossGradientTuple margin_loss_backward_cpu(TORCHMARGIN_LOSS_BACKWARD_OP_PARAMETERS) {
+  constexpr std::string_view op = "_margin_loss_backward";
+  const Reduction kind = check_reduction(op, reduction);
+  const int64_t rows = count_rows(op, other_lse);
+  const Rows<double> other(op, "other_lse", other_lse, rows);
+  const Rows<double> own(op, "target_logit", target_logit, rows);
+  const Rows<int64_t> labels(op, "target", target, rows);
+  const bool reduced = kind != Reduction::none;
   TORCH_CHECK(
-      other_lse.dim() == 1, "_margin_loss_backward: expected other_lse to have shape [B], but got ", other_lse.sizes());
-  const int64_t rows = other_lse.size(0);
-  const Rows<double> other("other_lse", other_lse, rows);
-  const Rows<double> own("target_logit", target_logit, rows);
-  const Rows<int64_t> labels("target", target, rows);
-  const bool reduced = static_cast<Reduction>(reduction) != Reduction::none;
-  TORCH_CHECK(
-      grad.dim() == (reduced ? 0 : 1) && (reduced || grad.size(0) == rows),
-      "_margin_loss_backward: expected grad to have the shape of the loss, but got ", grad.sizes());
+      grad.dim() == (reduced ? 0 : 1) && (reduced || grad.size(0) == rows), op,
+      ": expected grad to have the shape of the loss, but got ", grad.sizes());
   const at::Tensor wide = grad.to(at::kDouble).contiguous();
   const double* const upstream = wide.const_data_ptr<double>();
   double whole = reduced ? *upstream : 0.0;
-  if (static_cast<Reduction>(reduction) == Reduction::mean) {
+  if (kind == Reduction::mean) {
     whole /= static_cast<double>(count_valid(labels, rows, ignore_index));
   }
   const auto vector = [&] { return at::empty({rows}, other_lse.options().requires_grad(false)); };

@@ -183,7 +183,7 @@ class MagFaceLoss(_ByLength):
 
     def row_penalty(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         lengths, _ = self._lengths(embeddings, labels)
-        penalty = torch.ops.torchmargin._magface_penalty(lengths, self.number("a_min"), self.number("a_max"))
+        penalty: Tensor = torch.ops.torchmargin._magface_penalty(lengths, self.number("a_min"), self.number("a_max"))
         return self.number("regularizer") * penalty
 
     def describe_margin(self) -> str:
