@@ -79,9 +79,9 @@ test-tsan: setup ## the kernels under ThreadSanitizer
 	"$(TSAN)/tests/cpp/torchmargin_thread_tests"
 	"$(TSAN)/tests/cpp/torchmargin_device_on_host_tests" --gtest_filter='*/1.*'
 
-# Bugs planted in the CUDA kernels, each of which their tests must find.
-mutants: install ## bugs planted in the CUDA kernels, which their tests must find
-	$(WITH_TOOLS) scripts/mutants.sh "$(CURDIR)/$(BUILD)"
+# Bugs planted one at a time, each of which the tests that its patch names must find. MUTANTS: some of them, or "sample".
+mutants: install ## bugs planted in the code, which tests must find (MUTANTS=sample: a few)
+	$(WITH_TOOLS) scripts/mutants.sh "$(CURDIR)/$(BUILD)" $(MUTANTS)
 
 demo: install ## every loss on real digits, out/index.html (QUICK=1: one minute)
 	$(BIN)/python -m torchmargin.demo $(if $(QUICK),--quick) $(DEMO_ARGS)

@@ -1,40 +1,109 @@
 #!/usr/bin/env bash
-# Plants each bug of tests/mutants in a copy of the tree and expects the tests of the CUDA kernels on the CPU to fail.
-# Ends non-zero if a bug survives or a patch no longer applies.
+# Plants each bug of tests/mutants in a copy of the tree and expects tests to find it. A patch's first line says which:
 #
-#   scripts/mutants.sh <configured build folder>       (make mutants)
+#   # found by: device_on_host                                   the CUDA kernels on the CPU
+#   # found by: cpp torchmargin_tests 'ChunkPlan.*'              a binary of tests/cpp and its --gtest_filter
+#   # found by: pytest tests/python/test_ops.py -k lanes         with the copy's library and package
+#
+#   scripts/mutants.sh <configured build folder> [name ... | sample]       (make mutants)
+#
+# Ends non-zero if a bug survives, if a patch does not apply or compile, or if the unchanged tree fails.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-CACHE="$1/CMakeCache.txt"
-TORCH_DIR=$(sed -n 's/^TORCHMARGIN_TORCH_DIR:[A-Z]*=//p' "$CACHE")
-WORK=build/mutants
-mkdir -p "$WORK/tree"
-survived=0
+BUILT=$(cd "$1" && pwd)
+shift
+WORK=$PWD/build/mutants
+TREE=$WORK/tree
+BUILD=$TREE/build/mutants
+# Cheap ones of every kind, for CI.
+SAMPLE=(finish-rows-misses-the-last-row sweep-forgets-a-lane-has-begun autograd-swaps-bias-and-margin
+  autograd-keeps-unused-rows loss-forgets-label-smoothing)
 
 copy_tree() { # only what differs is written, so that little is compiled again
-  find CMakeLists.txt cmake csrc cuda tests/cpp -type f | while read -r file; do
-    cmp -s "$file" "$WORK/tree/$file" || install -D -m 644 "$file" "$WORK/tree/$file"
+  find CMakeLists.txt cmake csrc cuda tests/cpp python -type f ! -name '*.pyc' ! -name '*.so*' | while read -r file; do
+    cmp -s "$file" "$TREE/$file" || install -D -m 644 "$file" "$TREE/$file"
   done
 }
-build_and_test() {
-  cmake --build "$WORK/build" --target torchmargin_device_on_host_tests > "$WORK/build.log" 2>&1 || return 2
-  timeout 300 "$WORK/build/tests/cpp/torchmargin_device_on_host_tests" --gtest_brief=1 --gtest_fail_fast \
-    --gtest_filter="$1" > "$WORK/test.log" 2>&1
+
+# torch lies in the copy as it does in the tree, so that ccache knows what `make` has compiled.
+configure() {
+  local torch
+  torch=$(sed -n 's/^TORCHMARGIN_TORCH_DIR:[A-Z]*=//p' "$BUILT/CMakeCache.txt")
+  if [[ $torch == */.venv/* ]]; then
+    local copy="$TREE/.venv/${torch##*/.venv/}"
+    mkdir -p "$(dirname "$copy")"
+    [ -e "$copy" ] || cp -al "$torch" "$copy" 2> /dev/null || { rm -rf "$copy" && ln -s "$torch" "$copy"; }
+    torch=$copy
+  fi
+  CCACHE_BASEDIR=$TREE cmake -G Ninja -S "$TREE" -B "$BUILD" -DTORCHMARGIN_TORCH_DIR="$torch" -DTORCHMARGIN_WERROR=ON \
+    -DTORCHMARGIN_BUILD_TESTS=ON -DTORCHMARGIN_CUDA=OFF > "$WORK/cmake.log" 2>&1 || { cat "$WORK/cmake.log"; exit 1; }
+}
+build() {
+  CCACHE_BASEDIR=$TREE cmake --build "$BUILD" ${MAX_JOBS:+-j "$MAX_JOBS"} --target "$1" > "$WORK/build.log" 2>&1
 }
 
+# Runs the tests that `$1` (the text after "found by:") names. 0: they pass, 1: they fail, 2: there is nothing to run.
+run_tests() {
+  local words status
+  eval "words=($1)"
+  [ "${words[0]}" = device_on_host ] && words=(cpp torchmargin_device_on_host_tests '*')
+  case ${words[0]} in
+    cpp)
+      build "${words[1]}" || return 2
+      timeout 300 "$BUILD/tests/cpp/${words[1]}" --gtest_brief=1 --gtest_fail_fast --gtest_filter="${words[2]}" \
+        > "$WORK/test.log" 2>&1
+      status=$?
+      ;;
+    pytest)
+      local library=$BUILT/libtorchmargin.so
+      if [ "$2" = library ]; then
+        build torchmargin || return 2
+        library=$BUILD/libtorchmargin.so
+      fi
+      OMP_NUM_THREADS=1 TORCHMARGIN_LIBRARY=$library PYTHONPATH=$TREE/python PYTHONDONTWRITEBYTECODE=1 \
+        timeout 300 python -m pytest -q -x -p no:cacheprovider "${words[@]:1}" > "$WORK/test.log" 2>&1
+      status=$?
+      # 2 to 5: no test has run.
+      ((status >= 2 && status <= 5)) && return 2
+      ;;
+    *) return 2 ;;
+  esac
+  ((status == 0)) || return 1
+}
+
+mkdir -p "$TREE"
 copy_tree
-cmake -G Ninja -S "$WORK/tree" -B "$WORK/build" -DTORCHMARGIN_TORCH_DIR="$TORCH_DIR" -DTORCHMARGIN_BUILD_TESTS=ON \
-  -DTORCHMARGIN_CUDA=OFF > "$WORK/cmake.log" 2>&1 || { cat "$WORK/cmake.log"; exit 1; }
-build_and_test '*' || { echo "the unchanged tree fails"; tail "$WORK/build.log" "$WORK/test.log"; exit 1; }
-for patch in tests/mutants/*.patch; do
-  name=$(basename "$patch" .patch)
+mkdir -p "$TREE/python/torchmargin/lib"
+ln -sf "$BUILT"/_C*.so "$TREE/python/torchmargin/"
+ln -sf "$BUILT/libtorchmargin.so" "$BUILT/libtorchmargin.json" "$TREE/python/torchmargin/lib/"
+configure
+
+names=("$@")
+[ "$*" = sample ] && names=("${SAMPLE[@]}")
+((${#names[@]})) || mapfile -t names < <(basename -s .patch tests/mutants/*.patch)
+
+failed=0
+declare -A passed # commands that pass on the unchanged tree
+for name in "${names[@]}"; do
+  patch=tests/mutants/$name.patch
+  [ -f "$patch" ] || { echo "$name: there is no $patch"; failed=1; continue; }
+  how=$(sed -n '1s/^# found by: //p' "$patch")
+  [ -n "$how" ] || { echo "$name: does not say what finds it"; failed=1; continue; }
+  library=package
+  grep -q '^+++ b/\(csrc\|cuda\|cmake\)/' "$patch" && library=library
   copy_tree
-  patch -s -p1 -d "$WORK/tree" < "$patch" || { echo "$name: does not apply"; survived=1; continue; }
-  build_and_test '*'
+  if [ -z "${passed[$library $how]:-}" ]; then
+    run_tests "$how" $library || { echo "$name: the unchanged tree fails: $how"; tail -n 20 "$WORK/build.log" "$WORK/test.log"; exit 1; }
+    passed[$library $how]=1
+  fi
+  patch -s -p1 -F0 -d "$TREE" < "$patch" > /dev/null || { echo "$name: does not apply"; failed=1; continue; }
+  begin=$SECONDS
+  run_tests "$how" $library
   case $? in
-    0) echo "$name: SURVIVED"; survived=1 ;;
-    2) echo "$name: does not compile"; tail -5 "$WORK/build.log"; survived=1 ;;
-    *) echo "$name: found" ;;
+    0) echo "$name: SURVIVED ($how)"; failed=1 ;;
+    1) echo "$name: found, $((SECONDS - begin)) s" ;;
+    *) echo "$name: does not build or run"; tail -n 5 "$WORK/build.log" "$WORK/test.log"; failed=1 ;;
   esac
 done
-exit "$survived"
+copy_tree
+exit "$failed"

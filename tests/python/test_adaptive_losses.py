@@ -36,7 +36,7 @@ def test_adaface():
         loss.train(training)
         x, y = _batch()
         with torch.no_grad():
-            x[y == 3] = math.nan  # ignored rows do not count for the statistics
+            x[y == 3] = math.nan if mean == 20.0 else 90.0  # ignored rows do not count for the statistics
         every, (x, y) = (x, y), (x[y != 3], y[y != 3])
         lengths = x.detach().norm(dim=1)
         if training:

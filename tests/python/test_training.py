@@ -1,5 +1,7 @@
 """What training scripts do: frozen parts, accumulation, determinism, torch.compile, torch.export."""
 
+import weakref
+
 import pytest
 import torch
 from torch.profiler import profile
@@ -44,6 +46,18 @@ def test_frozen_embeddings_and_weights():
         leaves = [t.detach().requires_grad_(i == index) for i, t in enumerate((x, w, b))]
         loss = F.linear_margin_cross_entropy(leaves[0], leaves[1], y, leaves[2], **ARCFACE)
         assert torch.equal(gradients(loss, leaves[index])[0], full[index])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_graph_goes_with_its_loss(order):
+    """A node that saved a result of its own as a plain tensor would hold itself, and the batch, for ever."""
+    x, w, y, _ = problem()
+    value = F.linear_margin_cross_entropy(x, w, y, **ARCFACE)
+    for _ in range(order - 1):
+        value = torch.autograd.grad(value, x, create_graph=True)[0].square().sum()
+    batch = weakref.ref(x)
+    del x, value
+    assert batch() is None
 
 
 def test_non_leaf_weights_and_accumulation():
