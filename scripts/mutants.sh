@@ -42,12 +42,23 @@ build() {
   CCACHE_BASEDIR=$TREE cmake --build "$BUILD" ${MAX_JOBS:+-j "$MAX_JOBS"} --target "$1" > "$WORK/build.log" 2>&1
 }
 
-# Runs the tests that `$1` (the text after "found by:") names. 0: they pass, 1: they fail, 2: there is nothing to run.
+# What is run with a library and the copy's package.
+with_library() {
+  OMP_NUM_THREADS=1 TORCHMARGIN_LIBRARY=$1 PYTHONPATH=$TREE/python PYTHONDONTWRITEBYTECODE=1 \
+    timeout "$2" "${@:3}" > "$WORK/test.log" 2>&1
+}
+QUIETLY=(-q -x -p no:cacheprovider)
+
+# The words of a patch's "found by", into the array `words`.
+words_of() {
+  eval "words=($(sed -n '1s/^# found by: //p' "tests/mutants/$1.patch"))"
+  [ "${words[0]:-}" != device_on_host ] || words=(cpp torchmargin_device_on_host_tests '*')
+}
+
+# 0: the tests of `words` pass, 1: they fail, 2: there is nothing to run.
 run_tests() {
-  local words status
-  eval "words=($1)"
-  [ "${words[0]}" = device_on_host ] && words=(cpp torchmargin_device_on_host_tests '*')
-  case ${words[0]} in
+  local status library=$BUILT/libtorchmargin.so
+  case ${words[0]:-} in
     cpp)
       build "${words[1]}" || return 2
       timeout 300 "$BUILD/tests/cpp/${words[1]}" --gtest_brief=1 --gtest_fail_fast --gtest_filter="${words[2]}" \
@@ -55,20 +66,40 @@ run_tests() {
       status=$?
       ;;
     pytest)
-      local library=$BUILT/libtorchmargin.so
-      if [ "$2" = library ]; then
+      if [ "$1" = library ]; then
         build torchmargin || return 2
         library=$BUILD/libtorchmargin.so
       fi
-      OMP_NUM_THREADS=1 TORCHMARGIN_LIBRARY=$library PYTHONPATH=$TREE/python PYTHONDONTWRITEBYTECODE=1 \
-        timeout 300 python -m pytest -q -x -p no:cacheprovider "${words[@]:1}" > "$WORK/test.log" 2>&1
+      with_library "$library" 300 python -m pytest "${QUIETLY[@]}" "${words[@]:1}"
       status=$?
-      # 2 to 5: no test has run.
-      ((status >= 2 && status <= 5)) && return 2
+      ((status < 2 || status > 5)) || return 2 # no test has run
       ;;
     *) return 2 ;;
   esac
   ((status == 0)) || return 1
+}
+
+# Every command passes on the unchanged tree; those of pytest in one process.
+check_unchanged() {
+  local name commands=()
+  declare -A seen
+  for name in "${names[@]}"; do
+    words_of "$name"
+    [ -z "${seen[${words[*]}]:-}" ] || continue
+    seen[${words[*]}]=1
+    if [ "${words[0]}" = pytest ]; then
+      commands+=("$(printf '%s\n' "${QUIETLY[@]}" "${words[@]:1}")")
+    else
+      run_tests library || return 1
+    fi
+  done
+  ((${#commands[@]} == 0)) || with_library "$BUILT/libtorchmargin.so" 1200 python -c '
+import sys
+import pytest
+for command in sys.argv[1:]:
+    if pytest.main(command.split("\n")):
+        sys.exit(f"fails: {command.split()}")
+' "${commands[@]}"
 }
 
 mkdir -p "$TREE"
@@ -82,25 +113,23 @@ names=("$@")
 [ "$*" = sample ] && names=("${SAMPLE[@]}")
 ((${#names[@]})) || mapfile -t names < <(basename -s .patch tests/mutants/*.patch)
 
+for name in "${names[@]}"; do
+  [ -f "tests/mutants/$name.patch" ] || { echo "there is no tests/mutants/$name.patch"; exit 1; }
+done
+check_unchanged || { echo "the unchanged tree fails"; tail -n 20 "$WORK"/*.log; exit 1; }
+
 failed=0
-declare -A passed # commands that pass on the unchanged tree
 for name in "${names[@]}"; do
   patch=tests/mutants/$name.patch
-  [ -f "$patch" ] || { echo "$name: there is no $patch"; failed=1; continue; }
-  how=$(sed -n '1s/^# found by: //p' "$patch")
-  [ -n "$how" ] || { echo "$name: does not say what finds it"; failed=1; continue; }
-  library=package
-  grep -q '^+++ b/\(csrc\|cuda\|cmake\)/' "$patch" && library=library
+  built=package
+  ! grep -q '^+++ b/\(csrc\|cuda\|cmake\)/' "$patch" || built=library
   copy_tree
-  if [ -z "${passed[$library $how]:-}" ]; then
-    run_tests "$how" $library || { echo "$name: the unchanged tree fails: $how"; tail -n 20 "$WORK/build.log" "$WORK/test.log"; exit 1; }
-    passed[$library $how]=1
-  fi
   patch -s -p1 -F0 -d "$TREE" < "$patch" > /dev/null || { echo "$name: does not apply"; failed=1; continue; }
+  words_of "$name"
   begin=$SECONDS
-  run_tests "$how" $library
+  run_tests $built
   case $? in
-    0) echo "$name: SURVIVED ($how)"; failed=1 ;;
+    0) echo "$name: SURVIVED (${words[*]})"; failed=1 ;;
     1) echo "$name: found, $((SECONDS - begin)) s" ;;
     *) echo "$name: does not build or run"; tail -n 5 "$WORK/build.log" "$WORK/test.log"; failed=1 ;;
   esac
