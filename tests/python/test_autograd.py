@@ -187,12 +187,13 @@ def test_ignored_rows_do_not_reach_second_derivatives():
     torch.testing.assert_close(got[1], expected[1])
 
 
+@pytest.mark.parametrize("weight", [torch.eye(3, dtype=torch.float64), None], ids=["exact", "rounded"])
 @pytest.mark.parametrize("opposite", [False, True])
-def test_second_derivatives_at_the_seam_are_nan_and_not_wrong(opposite):
+def test_second_derivatives_at_the_seam_are_nan_and_not_wrong(opposite, weight):
     """theta = 0 and pi have none with an angular margin; without one the logit is smooth there."""
-    w = torch.eye(3, dtype=torch.float64).requires_grad_()
-    x = ((-2 if opposite else 2) * w.detach()[:2]).requires_grad_()
-    y = torch.arange(2)
+    w = (torch.randn(9, 7, dtype=torch.float64) if weight is None else weight.clone()).requires_grad_()
+    x = ((-3 if opposite else 3) * w.detach()).requires_grad_()
+    y = torch.arange(len(w))
 
     def second(module, **margin):
         (first,) = torch.autograd.grad(module.linear_margin_cross_entropy(x, w, y, **margin), x, create_graph=True)
