@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Plants each bug of tests/mutants in a copy of the tree and expects tests to find it. A patch's first line says which:
 #
-#   # found by: device_on_host                                   the CUDA kernels on the CPU
+#   # found by: device_on_host '*.FinishRows'                    the CUDA kernels on the CPU; alone: all their tests
 #   # found by: cpp torchmargin_tests 'ChunkPlan.*'              a binary of tests/cpp and its --gtest_filter
 #   # found by: pytest tests/python/test_ops.py -k lanes         with the copy's library and package
 #
@@ -52,7 +52,7 @@ QUIETLY=(-q -x -p no:cacheprovider)
 # The words of a patch's "found by", into the array `words`.
 words_of() {
   eval "words=($(sed -n '1s/^# found by: //p' "tests/mutants/$1.patch"))"
-  [ "${words[0]:-}" != device_on_host ] || words=(cpp torchmargin_device_on_host_tests '*')
+  [ "${words[0]:-}" != device_on_host ] || words=(cpp torchmargin_device_on_host_tests "${words[1]:-*}")
 }
 
 # 0: the tests of `words` pass, 1: they fail, 2: there is nothing to run.
