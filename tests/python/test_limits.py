@@ -181,6 +181,14 @@ def test_an_infinite_logit_of_another_class_is_an_infinite_log_sum_exp(dtype, cl
         assert F.margin_cross_entropy(cosine, torch.zeros(2, dtype=torch.long), reduction="none")[0] == math.inf
 
 
+@pytest.mark.parametrize("size", [200.0, -200.0])
+def test_logits_whose_exponential_float32_does_not_hold(size):
+    """Of vectors that are not normalised: exp(200) would be infinite and exp(-200) zero."""
+    x, w, y = torch.full((2, 1), size), torch.tensor([[1.0], [1.0], [0.75]]), torch.zeros(2, dtype=torch.long)
+    lse = F.linear_margin_lse(x, w, y, normalize_input=False, normalize_weight=False).other_lse
+    torch.testing.assert_close(lse.double(), (x.double() @ w[1:].double().T).logsumexp(1), rtol=1e-6, atol=0)
+
+
 def test_a_bias_of_minus_infinity_masks_a_class():
     x, w, y, b = problem(bias=True)
     y[:] = 0
