@@ -91,7 +91,7 @@ class GradientSweep {
   at::Tensor sorted_target_, sorted_row_; // [B]
 };
 
-// tile *= 1 / |w_j|, where the products need it of it.
+// tile *= 1 / |w_j|, where that is not in the operands already.
 void multiply_by_class_factors(
     const ClassLoop& loop,
     const at::Tensor& tile,
