@@ -79,6 +79,7 @@ int64_t count_valid(const Rows<int64_t>& target, int64_t rows, int64_t ignore_in
 
 at::Tensor margin_loss_cpu(TORCHMARGIN_LOSS_OP_PARAMETERS) {
   constexpr std::string_view op = "_margin_loss";
+  const at::ScalarType dtype = wide ? at::kDouble : at::kFloat;
   const Reduction kind = check_reduction(op, reduction);
   const int64_t rows = count_rows(op, other_lse);
   const Rows<double> other(op, "other_lse", other_lse, rows);

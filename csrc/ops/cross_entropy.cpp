@@ -41,6 +41,7 @@ at::Tensor zero_like(const at::Tensor& tensor) {
 
 // Differentiable in every mode.
 at::Tensor loss_formula(TORCHMARGIN_LOSS_OP_PARAMETERS) {
+  const at::ScalarType dtype = wide ? at::kDouble : at::kFloat;
   // NB: ignored rows are replaced before and after the arithmetic: 0 * NaN once more.
   const at::Tensor valid = target.ne(ignore_index);
   const at::Tensor zero = zero_like(other_lse);
@@ -165,7 +166,7 @@ at::Tensor cross_entropy(
   }
   return call_loss(
       other_lse, target_logit, mean_logit, target, options.label_smoothing, options.ignore_index,
-      static_cast<int64_t>(options.reduction), acc);
+      static_cast<int64_t>(options.reduction), /*wide=*/acc == at::kDouble);
 }
 
 } // namespace torchmargin

@@ -8,16 +8,17 @@
 #include <tuple>
 
 // other_lse, target_logit: [B] float64. mean_logit: Z / C [B] float64, where there is smoothing. target: [B] int64.
-// reduction: 0 none, 1 mean, 2 sum. dtype: of the loss.
+// reduction: 0 none, 1 mean, 2 sum. wide: the loss is float64, else float32.
+// NB: no ScalarType: AOTInductor hands its own numbers for them to ops.
 #define TORCHMARGIN_LOSS_OP_SCHEMA                                                                        \
   "Tensor other_lse, Tensor target_logit, Tensor? mean_logit, Tensor target, float label_smoothing, int " \
   "ignore_index, "                                                                                        \
-  "int reduction, ScalarType dtype"
+  "int reduction, bool wide"
 #define TORCHMARGIN_LOSS_OP_PARAMETERS                                                                     \
   const at::Tensor &other_lse, const at::Tensor &target_logit, const std::optional<at::Tensor>&mean_logit, \
-      const at::Tensor &target, double label_smoothing, int64_t ignore_index, int64_t reduction, at::ScalarType dtype
+      const at::Tensor &target, double label_smoothing, int64_t ignore_index, int64_t reduction, bool wide
 #define TORCHMARGIN_LOSS_OP_ARGUMENTS \
-  other_lse, target_logit, mean_logit, target, label_smoothing, ignore_index, reduction, dtype
+  other_lse, target_logit, mean_logit, target, label_smoothing, ignore_index, reduction, wide
 // grad: like the loss.
 #define TORCHMARGIN_LOSS_BACKWARD_OP_SCHEMA                                                                      \
   "Tensor grad, Tensor other_lse, Tensor target_logit, Tensor target, float label_smoothing, int ignore_index, " \

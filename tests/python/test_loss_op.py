@@ -75,10 +75,10 @@ def test_the_loss_is_the_formula(reduction, smoothing, dtype):
     bound = bounds if reduction == NONE else _reduced(bounds + len(other) * U * losses.abs(), target, reduction)
     bound = 2 * bound + (stored(expected, dtype) if dtype == torch.float32 else 0.0) + 2 * U * expected.abs()
     for form in (LOSS, _by_aten):
-        got = form(*rows, smoothing, IGNORED, reduction, dtype)
+        got = form(*rows, smoothing, IGNORED, reduction, dtype == torch.float64)
         assert got.dtype == dtype and got.shape == expected.shape
         assert_within(got, expected, bound, form)
-    assert torch.equal(got == 0, LOSS(*rows, smoothing, IGNORED, reduction, dtype) == 0)
+    assert torch.equal(got == 0, LOSS(*rows, smoothing, IGNORED, reduction, dtype == torch.float64) == 0)
 
 
 def _gradients(form, grad, other, own, target, *rest):
@@ -128,25 +128,25 @@ def test_rows_without_an_upstream_gradient_give_nothing():
 def test_non_finite_losses():
     other, own, mean, target = _rows(0.1, ignored=False)
     for form in (LOSS, _by_aten):
-        losses = form(other, own, mean, target, 0.1, IGNORED, NONE, torch.float64)
+        losses = form(other, own, mean, target, 0.1, IGNORED, NONE, True)
         assert torch.equal(losses == math.inf, other == math.inf) and not losses.isnan().any()
         # One class: no loss but the smoothing.
         alone = GAPS.index(-math.inf)
         assert_within(losses[alone], 0.1 * (own - mean)[alone], 2 * U * (own - mean)[alone].abs())
-        assert form(other, own, None, target, 0.0, IGNORED, NONE, torch.float64)[alone] == 0
+        assert form(other, own, None, target, 0.0, IGNORED, NONE, True)[alone] == 0
         holed = other.clone()
         holed[3] = math.nan
-        assert form(holed, own, mean, target, 0.1, IGNORED, NONE, torch.float64).isnan().sum() == 1
-        assert form(holed, own, mean, target, 0.1, IGNORED, SUM, torch.float64).isnan()
+        assert form(holed, own, mean, target, 0.1, IGNORED, NONE, True).isnan().sum() == 1
+        assert form(holed, own, mean, target, 0.1, IGNORED, SUM, True).isnan()
 
 
 @pytest.mark.parametrize("rows", [0, 3])
 def test_no_row_that_counts(rows):
     vector, target = torch.zeros(rows, dtype=torch.float64), torch.full((rows,), IGNORED)
     for form in (LOSS, _by_aten):
-        assert torch.equal(form(vector, vector, vector, target, 0.1, IGNORED, NONE, torch.float32), vector.float())
-        assert form(vector, vector, vector, target, 0.1, IGNORED, SUM, torch.float32) == 0
-        assert form(vector, vector, vector, target, 0.1, IGNORED, MEAN, torch.float32).isnan()
+        assert torch.equal(form(vector, vector, vector, target, 0.1, IGNORED, NONE, False), vector.float())
+        assert form(vector, vector, vector, target, 0.1, IGNORED, SUM, False) == 0
+        assert form(vector, vector, vector, target, 0.1, IGNORED, MEAN, False).isnan()
     for form in ("cpu", "aten"):
         for reduction in (MEAN, SUM):
             one = torch.ones((), dtype=torch.float32)
@@ -158,7 +158,7 @@ def test_any_strides():
     rows = [None if tensor is None else torch.stack([tensor, tensor], 1)[:, 0] for tensor in _rows(0.1)]
     options = (0.1, IGNORED, SUM)
     copies = [tensor.contiguous() for tensor in rows]
-    assert torch.equal(LOSS(*_finite(rows), *options, torch.float64), LOSS(*_finite(copies), *options, torch.float64))
+    assert torch.equal(LOSS(*_finite(rows), *options, True), LOSS(*_finite(copies), *options, True))
     grad = torch.ones(1, dtype=torch.float64).expand(len(rows[0]))
     got = BACKWARD(grad, *rows[:2], rows[3], 0.1, IGNORED, NONE)
     expected = BACKWARD(grad.contiguous(), *copies[:2], copies[3], 0.1, IGNORED, NONE)
@@ -173,7 +173,7 @@ def test_derivatives_of_both_orders(reduction, smoothing):
     target = torch.tensor([0, 1, IGNORED, 2, 0])
 
     def loss(other, own, mean=None):
-        return LOSS(other, own, mean, target, smoothing, IGNORED, reduction, torch.float64)
+        return LOSS(other, own, mean, target, smoothing, IGNORED, reduction, True)
 
     assert torch.autograd.gradcheck(loss, leaves, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(loss, leaves, check_fwd_over_rev=True)
@@ -190,7 +190,7 @@ def test_derivatives_of_both_orders(reduction, smoothing):
 def test_opcheck(reduction):
     leaves = [torch.randn(5, dtype=torch.float64).requires_grad_() for _ in range(3)]
     target = torch.tensor([0, 1, IGNORED, 2, 0])
-    torch.library.opcheck(LOSS.default, (*leaves, target, 0.1, IGNORED, reduction, torch.float32))
+    torch.library.opcheck(LOSS.default, (*leaves, target, 0.1, IGNORED, reduction, False))
     grad = torch.randn(5 if reduction == NONE else (), dtype=torch.float32)
     torch.library.opcheck(BACKWARD.default, (grad, *leaves[:2], target, 0.1, IGNORED, reduction))
 
@@ -203,7 +203,7 @@ GOOD = {
     "label_smoothing": 0.1,
     "ignore_index": IGNORED,
     "reduction": MEAN,
-    "dtype": torch.float32,
+    "wide": False,
 }
 
 
