@@ -105,7 +105,8 @@ inline int64_t choose_input_splits(const SweepSizes& sizes, const ChunkPlan& pla
 
 inline ChunkPlan choose_chunk_plan(const SweepSizes& sizes, int64_t workspace_limit) {
   ChunkPlan largest;
-  largest.row_tile = std::clamp<int64_t>(sizes.rows, 1, sizes.preferred.rows);
+  const int64_t rows = std::min(sizes.preferred.elements / sizes.classes, sizes.preferred.most_rows);
+  largest.row_tile = std::clamp<int64_t>(sizes.rows, 1, std::max(rows, sizes.preferred.rows));
   largest.class_chunk = std::clamp<int64_t>(
       std::min(sizes.preferred.elements / largest.row_tile, sizes.preferred.weight_elements / sizes.features), 1,
       std::min(sizes.classes, sizes.preferred.classes));

@@ -56,6 +56,13 @@ TEST(ChunkPlan, KeepsEverythingThatFits) {
   EXPECT_LT(large.kept_classes, 1000000);
 }
 
+TEST(ChunkPlan, FewClassesHaveTilesOfMoreRows) {
+  EXPECT_EQ(choose_chunk_plan(float32(4096, 512, 100), 256 * kMiB).row_tile, 1024);
+  EXPECT_EQ(choose_chunk_plan(float32(4096, 512, 400), 256 * kMiB).row_tile, 256 * 512 / 400);
+  EXPECT_EQ(choose_chunk_plan(float32(4096, 512, 1000), 256 * kMiB).row_tile, 256);
+  EXPECT_EQ(choose_chunk_plan(float32(64, 512, 100), 256 * kMiB).row_tile, 64);
+}
+
 TEST(ChunkPlan, ShrinksClassesBeforeRows) {
   const ChunkPlan roomy = choose_chunk_plan(float32(256, 512, 100000), 256 * kMiB);
   const ChunkPlan tight = choose_chunk_plan(float32(256, 512, 100000), 4 * kMiB);
