@@ -189,8 +189,9 @@ at::Tensor ClassLoop::class_factors(Range classes, const at::Tensor& inverse_nor
 
 ClassLoop::TargetRows ClassLoop::target_rows(const std::optional<at::Tensor>& given_state) const {
   TargetRows targets;
-  targets.state =
-      given_state.has_value() ? given_state->contiguous() : empty({sizes().rows, kRowStateSize}, at::kDouble);
+  // NB: a copy, for it is returned too, and an op's results do not share memory with its arguments.
+  targets.state = given_state.has_value() ? given_state->clone(at::MemoryFormat::Contiguous)
+                                          : empty({sizes().rows, kRowStateSize}, at::kDouble);
   targets.logit = empty({sizes().rows}, at::kDouble);
   targets.angle = empty({sizes().rows});
   kernels().target_rows(

@@ -85,7 +85,7 @@ sweep_logits_backward(const LinearProblem& problem, const LogitsBackwardRequest&
     weights.copy_(columns_of(rows_of(request.grad_logits, rows), classes));
     const at::Tensor columns = at::arange(classes.begin, classes.begin + classes.count, loop.target().options());
     const at::Tensor own = columns.unsqueeze(0).eq(rows_of(loop.target(), rows).unsqueeze(1));
-    at::Tensor(weights).masked_fill_(own, 0.0);
+    weights.masked_fill_(own, 0.0);
     if (times_class_factors) {
       multiply_by_class_factors(loop, weights, classes, inverse_norms);
     }

@@ -252,7 +252,7 @@ def test_forward_with_a_given_state(dtype, normalize, workspace):
             assert torch.equal(ours, true)
         held = (first <= y) & (y < last)
         assert torch.equal(got[1][held], whole[1][held]) and (got[1][~held] == 0).all()
-        assert torch.equal(got[8], state)
+        assert torch.equal(got[8], state) and got[8].data_ptr() != state.data_ptr()
     # The state is read: a right angle's has delta and sigma of 2, squared.
     right = state.clone()
     right[:, 2:] = 2.0
