@@ -50,9 +50,12 @@ void check_upstream(
     std::string_view op,
     const char* argument,
     const std::optional<at::Tensor>& grad,
+    const at::Tensor& input,
     c10::SymIntArrayRef shape) {
   // NB: compiled autograd traces with gradients of unknown shape, which are replaced before anything runs.
-  if (grad.has_value() && grad->defined() && !grad->is_meta()) {
+  if (grad.has_value() && grad->defined() && !input.is_meta()) {
+    check_floating(op, argument, *grad); // kernels read it where it is
+    check_device(op, argument, *grad, input);
     check_shape(op, argument, *grad, shape);
   }
 }

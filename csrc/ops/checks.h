@@ -23,6 +23,7 @@ void check_upstream(
     std::string_view op,
     const char* argument,
     const std::optional<at::Tensor>& grad,
+    const at::Tensor& input,
     c10::SymIntArrayRef shape);
 void check_returned(
     std::string_view op,

@@ -85,9 +85,9 @@ std::vector<double> numbers_of(const MarginParameters& margin) {
 }
 
 void check_request(std::string_view op, const CosineProblem& problem, const CosineBackwardRequest& request) {
-  check_upstream(op, "grad_other_lse", request.grad_other_lse, {problem.cosine.sym_size(0)});
-  check_upstream(op, "grad_target_logit", request.grad_target_logit, {problem.cosine.sym_size(0)});
-  check_upstream(op, "grad_logit_sum", request.grad_logit_sum, {problem.cosine.sym_size(0)});
+  check_upstream(op, "grad_other_lse", request.grad_other_lse, problem.cosine, {problem.cosine.sym_size(0)});
+  check_upstream(op, "grad_target_logit", request.grad_target_logit, problem.cosine, {problem.cosine.sym_size(0)});
+  check_upstream(op, "grad_logit_sum", request.grad_logit_sum, problem.cosine, {problem.cosine.sym_size(0)});
   check_returned(op, "other_lse", request.other_lse, {problem.cosine.sym_size(0)}, at::kDouble);
 }
 

@@ -129,9 +129,9 @@ void check_request(std::string_view op, const LinearProblem& problem, const Back
   const ForwardRecord& record = request.record;
   const c10::SymInt rows = problem.input.sym_size(0);
   const c10::SymInt classes = problem.weight.sym_size(0);
-  check_upstream(op, "grad_other_lse", request.grad_other_lse, {rows});
-  check_upstream(op, "grad_target_logit", request.grad_target_logit, {rows});
-  check_upstream(op, "grad_logit_sum", request.grad_logit_sum, {rows});
+  check_upstream(op, "grad_other_lse", request.grad_other_lse, problem.input, {rows});
+  check_upstream(op, "grad_target_logit", request.grad_target_logit, problem.input, {rows});
+  check_upstream(op, "grad_logit_sum", request.grad_logit_sum, problem.input, {rows});
   check_returned(op, "other_lse", request.other_lse, {rows}, at::kDouble);
   check_inverse_norms(op, problem, record.inverse_norms);
   TORCH_CHECK(
@@ -147,7 +147,8 @@ void check_request(std::string_view op, const LinearProblem& problem, const Back
 }
 
 void check_request(std::string_view op, const LinearProblem& problem, const LogitsBackwardRequest& request) {
-  check_upstream(op, "grad_logits", request.grad_logits, {problem.input.sym_size(0), problem.weight.sym_size(0)});
+  check_upstream(
+      op, "grad_logits", request.grad_logits, problem.input, {problem.input.sym_size(0), problem.weight.sym_size(0)});
   check_inverse_norms(op, problem, request.inverse_norms);
   check_row_state(op, problem, request.row_state);
 }

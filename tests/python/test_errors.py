@@ -249,6 +249,8 @@ def test_settings_refuse_nonsense():
     [
         ({"grad_other_lse": torch.zeros(3)}, r"expected grad_other_lse to have shape \[4\], but got \[3\]"),
         ({"grad_logit_sum": torch.zeros(4, 1)}, r"expected grad_logit_sum to have shape \[4\], but got \[4, 1\]"),
+        ({"grad_other_lse": torch.ones(4).long()}, "expected grad_other_lse to be float64, .*but got Long"),
+        ({"grad_other_lse": torch.ones(4, device="meta")}, "expected grad_other_lse on the device of input, cpu"),
         ({"other_lse": torch.zeros(3)}, r"expected other_lse to have shape \[4\], but got \[3\]"),
         ({"other_lse": torch.zeros(4)}, "expected other_lse as the forward returned it, in Double, but got Float"),
         ({"kept": torch.zeros(4, 10)}, r"expected kept to have shape \[4, at most 9\], but got \[4, 10\]"),
