@@ -7,6 +7,7 @@ import torchmargin.functional as F
 from torchmargin import reference
 
 from conftest import margin_numbers, packed, problem
+from rounding import assert_within, monte_carlo
 
 
 @pytest.mark.parametrize("extension", ["none", "linear", "continuous", "easy", "clip", "monotonic"])
@@ -119,13 +120,13 @@ def test_third_derivatives(op):
         (second,) = torch.autograd.grad(first.square().sum(), leaf, create_graph=True)
         return torch.autograd.grad(second.square().sum(), leaf)[0]
 
-    if op == "loss":
-        got = third(F.linear_margin_cross_entropy(x, w, y, scale=3.0, m2=0.2), x)
-        expected = third(reference.linear_margin_cross_entropy(x, w, y, scale=3.0, m2=0.2), x)
-    else:
-        got = third(F.margin_cross_entropy(cosine, y, scale=3.0, m2=0.2), cosine)
-        expected = third(reference.margin_cross_entropy(cosine, y, scale=3.0, m2=0.2), cosine)
-    torch.testing.assert_close(got, expected)
+    def run(module):
+        if op == "loss":
+            return third(module.linear_margin_cross_entropy(x, w, y, scale=3.0, m2=0.2), x)
+        return third(module.margin_cross_entropy(cosine, y, scale=3.0, m2=0.2), cosine)
+
+    (expected,), (bound,) = monte_carlo(lambda: run(reference))
+    assert_within(run(F), expected, 2 * bound)  # the library's formula rounds as often
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops over the op
@@ -164,27 +165,29 @@ def test_one_tensor_as_input_and_weight():
         (first,) = torch.autograd.grad(module.linear_margin_cross_entropy(x, x, y, m3=0.2), x, create_graph=True)
         return torch.autograd.grad(first.square().sum(), x)[0]
 
-    torch.testing.assert_close(penalty(F), penalty(reference))
+    (expected,), (bound,) = monte_carlo(lambda: penalty(reference))
+    assert_within(penalty(F), expected, 2 * bound)
 
 
 def test_ignored_rows_do_not_reach_second_derivatives():
     x, w, y, _ = problem(dtype=torch.float64)
     keep = torch.arange(9) != 2
 
-    def penalty(x, w, y):
-        loss = F.linear_margin_cross_entropy(x, w, y, scale=3.0, m2=0.2)
+    def penalty(module, x, w, y):
+        loss = module.linear_margin_cross_entropy(x, w, y, scale=3.0, m2=0.2)
         first = torch.autograd.grad(loss, (x, w), create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), (x, w))
 
     small = x.detach()[keep].requires_grad_()
-    expected = penalty(small, w, y[keep])
+    expected = penalty(F, small, w, y[keep])
+    _, bounds = monte_carlo(lambda: penalty(reference, small, w, y[keep]))
     with torch.no_grad():
         x[2] = float("nan")
     y[2] = -100
-    got = penalty(x, w, y)
+    got = penalty(F, x, w, y)
     assert (got[0][2] == 0).all()
-    torch.testing.assert_close(got[0][keep], expected[0])
-    torch.testing.assert_close(got[1], expected[1])
+    for ours, true, bound in zip((got[0][keep], got[1]), expected, bounds):
+        assert_within(ours, true, 2 * bound)
 
 
 @pytest.mark.parametrize("weight", [torch.eye(3, dtype=torch.float64), None], ids=["exact", "rounded"])
@@ -208,8 +211,9 @@ def test_second_derivatives_at_the_seam_are_nan_and_not_wrong(opposite, weight):
 def test_hessian():
     x, w, y, _ = problem(4, 3, 5)
     f = lambda module: lambda x: module.linear_margin_cross_entropy(x, w.detach(), y, scale=2.0, m2=0.2)  # noqa: E731
+    (expected,), (bound,) = monte_carlo(lambda: torch.autograd.functional.hessian(f(reference), x.detach()))
     for hessian in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
-        torch.testing.assert_close(hessian(f(F))(x.detach()), torch.func.hessian(f(reference))(x.detach()))
+        assert_within(hessian(f(F))(x.detach()), expected, 2 * bound)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops over the op
