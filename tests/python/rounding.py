@@ -189,8 +189,8 @@ class _Perturbed(TorchDispatchMode):
 
     def _factor(self, value, times):
         self.roundings += value.numel()
-        signs = 2.0 * torch.randint(0, 2, value.shape, generator=self._generator) - 1
-        return 1 + times * self.SIZE * signs.double()
+        signs = 2 * torch.randint(0, 2, value.shape, generator=self._generator).double() - 1
+        return 1 + torch.where(value == value.round(), 0.0, times * self.SIZE * signs)  # counts and signs are exact
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, writes = kwargs or {}, function._schema.is_mutable
