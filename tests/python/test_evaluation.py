@@ -10,6 +10,8 @@ from sklearn.metrics import roc_auc_score
 
 from torchmargin import evaluation
 
+from rounding import LinearRounding, assert_within, unit_roundoff
+
 
 def _scored(pairs=500):
     same = torch.rand(pairs) < 0.3
@@ -25,7 +27,9 @@ def test_pairs_and_scores():
     x[3] = 0
     expected = torch.nn.functional.cosine_similarity(x[first], x[second])
     for block in (1, 4, 100):
-        torch.testing.assert_close(evaluation.pair_scores(x, first, second, block=block), expected)
+        assert_within(
+            evaluation.pair_scores(x, first, second, block=block), expected, LinearRounding(x, x).logit[first]
+        )
     assert evaluation.pair_scores(x.half(), first, second).dtype == torch.float32
 
 
@@ -33,10 +37,11 @@ def test_verification_agrees_with_counting():
     scores, same = _scored()
     scores = (scores * 4).round() / 4  # many ties
     result = evaluation.verify(scores, same, far=(0.0, 0.01, 0.1))
-    assert result.auc == pytest.approx(roc_auc_score(same.numpy(), scores.numpy()))
+    # At most 500 trapezoids, each rounded twice, and their sum, at most 1, on both sides.
+    assert result.auc == pytest.approx(roc_auc_score(same.numpy(), scores.numpy()), abs=2 * 502 * 2**-53)
     for rate, tar in result.tar.items():
         accepted = [t for t in scores.unique().tolist() if (scores[~same] >= t).double().mean() <= rate]
-        assert tar == pytest.approx(max(((scores[same] >= t).double().mean().item() for t in accepted), default=0.0))
+        assert tar == max(((scores[same] >= t).double().mean().item() for t in accepted), default=0.0)
     # At the equal error rate the two errors of the neighbouring thresholds bracket it.
     false = np.array([(scores[~same] >= t).double().mean().item() for t in scores.unique().tolist()])
     refused = np.array([(scores[same] < t).double().mean().item() for t in scores.unique().tolist()])
@@ -62,10 +67,8 @@ def test_kfold_accuracy_is_lfws_protocol():
         others = np.setdiff1d(np.arange(60), fold)
         right = lambda t, rows: ((scores[rows] >= t) == same[rows]).double().mean().item()  # noqa: E731
         best = max(right(t, others) for t in [*scores.tolist(), 1e9])
-        assert right(threshold, others) == pytest.approx(best)
-        assert accuracy == pytest.approx(right(threshold, fold))
-    assert result.mean == pytest.approx(np.mean(result.accuracy))
-    assert result.deviation == pytest.approx(np.std(result.accuracy))
+        assert right(threshold, others) == best and accuracy == right(threshold, fold)
+    assert (result.mean, result.deviation) == (np.mean(result.accuracy), np.std(result.accuracy))
 
 
 def test_kfold_with_equal_scores_decides_them_alike():
@@ -82,7 +85,7 @@ def test_top_k_is_that_of_the_whole_matrix(block):
     for k in (1, 5, 23):
         values, indices = evaluation.top_k(probes, gallery, k, block=block)
         expected = cosine.topk(k)
-        torch.testing.assert_close(values, expected.values)
+        assert_within(values, expected.values, LinearRounding(probes, gallery).logit[:, None])  # of the k-th largest
         assert torch.equal(indices, expected.indices)
     values, indices = evaluation.top_k(probes[:0], gallery, 4)
     assert values.shape == indices.shape == (0, 4)
@@ -109,7 +112,7 @@ def test_identification():
     assert result.rank == {1: 4 / 5, 2: 1.0}
     assert (result.mated, result.unmated) == (5, 2)
     # Strangers' best cosines: 1 / sqrt(6) and 1 / sqrt(1.25) = 0.894.
-    assert result.threshold[0.0] == pytest.approx(1.25**-0.5)
+    assert result.threshold[0.0] == pytest.approx(1.25**-0.5, rel=4 * 2**-53)  # two roots and quotients
     assert result.tpir == {0.0: 3 / 5, 0.5: 4 / 5, 1.0: 4 / 5}
     closed = evaluation.identify(probes[:5], own[:5], gallery, labels)
     assert closed.tpir == {} and closed.unmated == 0
@@ -194,7 +197,8 @@ def test_one_float64_side_is_enough():
     probes, gallery = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.bfloat16)
     expected = evaluation.top_k(probes, gallery.double(), 2)
     for got in (evaluation.top_k(probes, gallery, 2), evaluation.top_k(probes, gallery.float(), 2)):
-        torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=1e-6)
+        # Unit vectors in float32: of 4 squares' sum, its root and a quotient, one more for their product.
+        assert_within(got[0], expected[0], (4 / 2 + 3) * unit_roundoff(torch.float32))
         assert got[0].dtype == torch.float64 and torch.equal(got[1], expected[1])
 
 
@@ -202,9 +206,10 @@ def test_large_and_zero_rows():
     """16-bit and large float32 embeddings have their cosine; a zero row is at 0 to everything."""
     x = torch.tensor([[3e18, 4e18], [3.0, 4.0], [0.0, 0.0]])
     first, second, _ = evaluation.all_pairs(torch.arange(3))
-    torch.testing.assert_close(evaluation.pair_scores(x, first, second), torch.tensor([1.0, 0.0, 0.0]))
+    bound = (2 + 2 * 4) * unit_roundoff(torch.float32)  # a product of two features of two unit vectors
+    assert_within(evaluation.pair_scores(x, first, second), torch.tensor([1.0, 0.0, 0.0]), bound)
     half = torch.tensor([[6e4, 6e4], [1.0, 1.0]], dtype=torch.float16)
-    torch.testing.assert_close(evaluation.pair_scores(half, first[:1], second[:1]), torch.ones(1))
+    assert_within(evaluation.pair_scores(half, first[:1], second[:1]), torch.ones(1), bound)
 
 
 SCORES, SAME = torch.rand(4), torch.tensor([True, False, True, False])
