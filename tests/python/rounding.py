@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+aten = torch.ops.aten
+
 
 def unit_roundoff(dtype):
     """Of what the library computes in, for inputs of `dtype`; twice that where the reference rounds as well."""
@@ -194,8 +196,9 @@ class _Perturbed(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, writes = kwargs or {}, function._schema.is_mutable
-        if any(result.alias_info for result in function._schema.returns) and not writes:
-            return function(*args, **kwargs)  # a view
+        is_view = any(result.alias_info for result in function._schema.returns) and not writes
+        if is_view or function.overloadpacket in (aten.clone, aten.copy_, aten._to_copy):
+            return function(*args, **kwargs)
         on_floats = lambda change, tree: tree_map(  # noqa: E731
             lambda v: change(v) if isinstance(v, torch.Tensor) and v.dtype == torch.float64 else v, tree
         )
