@@ -112,7 +112,7 @@ def test_identification():
     assert result.rank == {1: 4 / 5, 2: 1.0}
     assert (result.mated, result.unmated) == (5, 2)
     # Strangers' best cosines: 1 / sqrt(6) and 1 / sqrt(1.25) = 0.894.
-    assert result.threshold[0.0] == pytest.approx(1.25**-0.5, rel=4 * 2**-53)  # two roots and quotients
+    assert result.threshold[0.0] == pytest.approx(1.25**-0.5, rel=4 * 2**-53, abs=0)  # two roots and quotients
     assert result.tpir == {0.0: 3 / 5, 0.5: 4 / 5, 1.0: 4 / 5}
     closed = evaluation.identify(probes[:5], own[:5], gallery, labels)
     assert closed.tpir == {} and closed.unmated == 0
