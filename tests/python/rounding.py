@@ -41,11 +41,12 @@ class LinearRounding:
 
     Attributes, each [B]: `logit` of another class, `lse` of the others, `target` logit with its margin, `total` of all
     logits, `sine` of the angle; `angle`, a number.
+    `operands`: the unit roundoff of both operands of the logits' products, of 16 bits on a GPU; for results and losses.
     """
 
     def __init__(
         self, x, w, y=None, b=None, *, scale=1.0, m1=1.0, m2=0.0, m3=0.0, normalize_input=True, normalize_weight=True,
-        **_,
+        operands=0.0, **_,
     ):  # fmt: skip
         wide, u = x.dtype == torch.float64, unit_roundoff(x.dtype)
         x, w = x.detach().double(), w.detach().double()
@@ -62,7 +63,7 @@ class LinearRounding:
         margin = 2 + 2 * m1 + 2 * abs(m2) + abs(m3)
         # A unit vector: its sum of squares, root, reciprocal and product; in float32 the last two.
         unit = features + 8 if wide else 2
-        self.logit = u * (features + 2 * unit + 4) * size
+        self.logit = (u * (features + 2 * unit + 4) + 2 * operands) * size
         # Not more than 1024 float32 terms are added in float32. exp and log are good to some u.
         self.lse = self.logit + u * ((classes if wide else min(classes, 1024)) + 8 * (1 + size))
         self.target = (margin * self.logit if wide else 0.0) + 4 * u * margin * size
@@ -90,7 +91,7 @@ class LinearRounding:
         # log-sum-exp, and a vector; a sum of them over classes or rows; the target's slope times its tangent.
         self._sum = u * (added(classes) + added(rows) + features + 2 * unit)
         self._others = 2 * self.lse + self._sum
-        self._own = margin * u * ((2 * unit + 16) / self.sine + rows if wide else 2.0)
+        self._own = margin * u * ((2 * unit + 16) / self.sine + rows if wide else 0 * self.sine + 2.0)
         self._margin, self._size = margin, size
 
     def results(self):
