@@ -12,6 +12,7 @@ using torchmargin::Angle;
 using torchmargin::angle_between;
 
 constexpr long double kPi = 3.14159265358979323846264338327950288L;
+constexpr double kU = 0x1p-53; // the unit roundoff
 
 // Unit vectors in the plane at angles 0 and theta.
 Angle plane_angle(long double theta) {
@@ -30,10 +31,19 @@ TEST(Angle, MatchesLongDoubleEverywhere) {
   for (const long double theta :
        {1e-12L, 1e-8L, 1e-4L, 0.1L, 1.0L, kPi / 2, 2.0L, 3.0L, kPi - 1e-4L, kPi - 1e-8L, kPi - 1e-12L}) {
     const Angle angle = plane_angle(theta);
-    // Two roundings of unit vectors move the angle by at most a few units of 2^-53.
-    EXPECT_NEAR(angle.theta, static_cast<double>(theta), 1e-15);
-    EXPECT_NEAR(angle.cosine, static_cast<double>(std::cos(theta)), 4e-16);
-    EXPECT_NEAR(angle.sine, static_cast<double>(std::sin(theta)), 1e-15);
+    const double t = static_cast<double>(theta);
+    const double c = std::fabs(static_cast<double>(std::cos(theta)));
+    const double s = static_cast<double>(std::sin(theta));
+    // w is rounded: its length moves by u, its angle by u sin(2 theta) / 2 for each component. A squared length has 4 u
+    // of its own (a difference, twice in its square, product, sum), a length 3 u.
+    // theta: both lengths' 6 u, times the sine; w's angle, and u sine of second order where it is 1e-8 from an end;
+    // atan2 is good to 2 u, and what is expected is rounded.
+    EXPECT_NEAR(angle.theta, t, kU * ((6 + 2 * c + 1) * s + 3 * t));
+    // cosine: half of the smaller squared length, 2 - 2 c, with w's length; w's angle; the difference, and what is
+    // expected.
+    EXPECT_NEAR(angle.cosine, static_cast<double>(std::cos(theta)), kU * (5 * (1 - c) + 2 * c * s * s + 2));
+    // sine: both lengths', w's length and angle, the second order, a product, and what is expected.
+    EXPECT_NEAR(angle.sine, s, kU * (6 + 1 + 2 * c * c + 1 + 2) * s);
   }
 }
 
@@ -42,8 +52,12 @@ TEST(Angle, TangentIsTheUnitTangent) {
     const Angle angle = plane_angle(theta);
     const double c = static_cast<double>(std::cos(theta));
     const double s = static_cast<double>(std::sin(theta));
-    // At x = (1, 0) the tangent towards w = (c, s) is (0, 1); relative error 1e-16 / theta.
-    const double tolerance = 4e-16 / std::min<double>(s, 1.0) + 1e-15;
+    // Of ((other +- self) -+ half self) / sine: w is rounded, a sum or difference of size m and another are, half has 5
+    // u of m^2 / 2 and its product one more; the sine has 12 u, its inverse and the last product one each, what is
+    // expected one.
+    const double m = std::sqrt(2 - 2 * std::fabs(c));
+    const double tolerance = kU * ((1 + 2 * m + 3 * m * m) / s + 15);
+    // At x = (1, 0) the tangent towards w = (c, s) is (0, 1).
     EXPECT_NEAR(angle.tangent(1.0, c), 0.0, tolerance);
     EXPECT_NEAR(angle.tangent(0.0, s), 1.0, tolerance);
     // At w the tangent towards x is (s, -c).

@@ -11,6 +11,7 @@ namespace {
 using namespace torchmargin;
 
 constexpr long double kPi = 3.14159265358979323846264338327950288L;
+constexpr double kU = 0x1p-53; // the unit roundoff
 
 Angle at(double theta) {
   Angle angle{};
@@ -60,20 +61,30 @@ TEST_P(EveryExtension, ValueAndDerivativesMatchLongDouble) {
           p.m1 = m1;
           p.extension = GetParam();
           const MarginValue value = apply_margin(p, at(theta), m2, 0.2, mu);
-          EXPECT_NEAR(value.psi, static_cast<double>(psi(p, theta, m2, 0.2L, mu)), 2e-15);
-          // Central differences in long double: error near 1e-12 off the seams.
           const long double h = 1e-6L;
           const long double phi = m1 * static_cast<long double>(theta) + m2;
+          // phi is rounded twice, a cosine or sine of it once (1 unit in the last place, 2 u).
+          const double of_phi = kU * (2 * (m1 * theta + std::fabs(m2)) + 2);
+          // Four sums, a product, and what is expected, of the sizes of E, m3 and twice the cosine (2 u).
+          const double sizes = std::fabs(static_cast<double>(extended(p, theta, m2))) + std::fabs(m2) + 0.2 + 2;
+          EXPECT_NEAR(value.psi, static_cast<double>(psi(p, theta, m2, 0.2L, mu)), mu * of_phi + kU * (6 + 2) * sizes);
+          // A slope is m1 sin(phi), with a product for m1, mu, a sum, and what is expected. A central difference leaves
+          // out h^2 / 6 times the third derivative and has psi's rounding in long double, over h.
+          const double of_slope = (1 + m1) * (mu * of_phi + kU * (4 + 2)) + kU * sizes * 4;
+          const double difference = 1e-12 / 6 * (1 + m1 * m1 * m1 + 3 + std::fabs(m2)) +
+              8 * 0x1p-64 * (sizes + std::fabs(static_cast<double>(phi))) / 1e-6;
           const bool at_seam = std::fabs(std::remainder(phi, kPi)) < 1e-4L || std::fabs(theta - kPi / 2) < 1e-4L;
           if (at_seam) {
             continue;
           }
           EXPECT_NEAR(
               value.dtheta,
-              static_cast<double>((psi(p, theta + h, m2, 0.2L, mu) - psi(p, theta - h, m2, 0.2L, mu)) / (2 * h)), 1e-9);
+              static_cast<double>((psi(p, theta + h, m2, 0.2L, mu) - psi(p, theta - h, m2, 0.2L, mu)) / (2 * h)),
+              of_slope + difference);
           EXPECT_NEAR(
               value.dm2,
-              static_cast<double>((psi(p, theta, m2 + h, 0.2L, mu) - psi(p, theta, m2 - h, 0.2L, mu)) / (2 * h)), 1e-9);
+              static_cast<double>((psi(p, theta, m2 + h, 0.2L, mu) - psi(p, theta, m2 - h, 0.2L, mu)) / (2 * h)),
+              of_slope + difference);
         }
       }
     }
@@ -107,19 +118,24 @@ TEST(Margin, StraightThroughHasTheCosinesDerivative) {
   MarginParameters p = presets::arcface().margin;
   p.margin_gradient = MarginGradient::straight_through;
   EXPECT_EQ(apply_margin(p, at(1.0), 0.5, 0.0, 1.0).dtheta, -std::sin(1.0));
-  EXPECT_NEAR(apply_margin(p, at(1.0), 0.5, 0.0, 1.0).psi, std::cos(1.5), 1e-15);
+  // cos(1) + (cos(1.5) - cos(1)), the difference rounded.
+  EXPECT_NEAR(apply_margin(p, at(1.0), 0.5, 0.0, 1.0).psi, std::cos(1.5), 2 * kU * std::cos(1.0));
 }
 
 TEST(Margin, MonotonicNeverRises) {
   MarginParameters p = presets::sphereface(4.0).margin;
   double before = 2.0;
+  double last = 0.0; // 4 theta
   for (double theta = 0.0; theta <= 3.1415; theta += 1e-3) {
     const MarginValue value = apply_margin(p, at(theta), 0.0, 0.0, 1.0);
-    EXPECT_LE(value.psi, before + 1e-15);
+    EXPECT_LT(value.psi, before); // by 4e-6 at least: a step of 4e-3 across a multiple of pi
     EXPECT_LE(value.dtheta, 0.0);
     before = value.psi;
+    last = 4 * theta;
   }
-  EXPECT_NEAR(before, -7.0, 1e-3); // (-1)^3 cos(4 pi) - 2 * 3
+  // (-1)^3 cos(4 pi) - 2 * 3, where cos(x) >= 1 - x^2 / 2.
+  EXPECT_GT(before, -7.0);
+  EXPECT_LT(before, -7.0 + std::pow(4 * static_cast<double>(kPi) - last, 2) / 2);
 }
 
 } // namespace
