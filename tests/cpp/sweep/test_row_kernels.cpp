@@ -29,8 +29,8 @@ template <typename T>
 class RowKernelsTest : public testing::Test {
  protected:
   const RowKernels<T>& kernels = row_kernels<T>();
-  // A few roundings of T, the exponential's two units in the last place among them.
-  static constexpr double kTolerance = 16 * std::numeric_limits<T>::epsilon();
+  static constexpr double kU = std::numeric_limits<T>::epsilon() / 2; // the unit roundoff
+  static constexpr double kExp = 4 * kU; // two units in the last place (cpu/simd.h)
 };
 using Types = testing::Types<float, double>;
 TYPED_TEST_SUITE(RowKernelsTest, Types);
@@ -46,19 +46,26 @@ TYPED_TEST(RowKernelsTest, SumBlockOfEveryLength) {
       const BlockSum block = this->kernels.sum_block(dots.data(), size, map, bounded);
       long double sum = 0;
       long double largest = -std::numeric_limits<long double>::infinity();
+      long double parts = 0; // of the largest logit
       for (int64_t j = 0; j < size; ++j) {
-        const long double z = static_cast<T>(dots[j] * (norms[j] * T(20))) + (bounded ? T(0) : bias[j]);
+        const long double product = static_cast<long double>(dots[j]) * norms[j] * 20;
+        const long double z = product + (bounded ? 0 : bias[j]);
         sum += std::exp(z);
         largest = std::max(largest, z);
+        parts = std::max(parts, std::fabs(product) + (bounded ? 0 : std::fabs(bias[j])));
       }
       if (size == 0) {
         EXPECT_EQ(block.sum, 0.0);
         continue;
       }
-      // A logit near 20 carries a rounding of 20 epsilon into its exponential.
-      const double tolerance = this->kTolerance * 8;
-      EXPECT_NEAR(block.maximum, static_cast<double>(largest), tolerance);
-      EXPECT_NEAR(block.shift + std::log(block.sum), static_cast<double>(std::log(sum)), tolerance);
+      // Two factors, a bias, and what is expected: four roundings of a logit, and one of its difference to the shift,
+      // which is twice its size at most. At most size - 1 sums of exponentials. The logarithm and what is added to it
+      // are float64.
+      const double logit = 4 * this->kU * static_cast<double>(parts);
+      const double lse = logit + 2 * this->kU * static_cast<double>(parts) + this->kExp +
+          static_cast<double>(size) * this->kU + 4 * 0x1p-53 * static_cast<double>(1 + parts + std::log(size));
+      EXPECT_NEAR(block.maximum, static_cast<double>(largest), logit);
+      EXPECT_NEAR(block.shift + std::log(block.sum), static_cast<double>(std::log(sum)), lse);
     }
   }
 }
@@ -99,12 +106,27 @@ TYPED_TEST(RowKernelsTest, SoftmaxRowFlushesAndKeepsNan) {
     }
     std::vector<T> out(size, T(7));
     this->kernels.softmax_row(dots.data(), out.data(), size, {T(1), nullptr, nullptr}, 0.0, false);
-    EXPECT_NEAR(out[0] / std::exp(static_cast<long double>(dots[0])), 1.0, 100 * this->kTolerance);
+    EXPECT_NEAR(out[0] / std::exp(static_cast<long double>(dots[0])), 1.0, this->kExp);
     if (size > 2) {
       EXPECT_EQ(out[size - 1], T(0));
       EXPECT_TRUE(std::isnan(out[size / 2]));
-      EXPECT_NEAR(out[1] * std::exp(3.0L), 1.0, this->kTolerance);
+      EXPECT_NEAR(out[1] * std::exp(3.0L), 1.0, this->kExp);
     }
+  }
+}
+
+// From what is flushed to where a sum of bounded logits ends (scale 71).
+TYPED_TEST(RowKernelsTest, ExponentialIsWithinTwoUnitsInTheLastPlace) {
+  using T = TypeParam;
+  std::vector<T> dots;
+  for (double z = -49.99; z < 71.0; z += 0.00173) {
+    dots.push_back(static_cast<T>(z));
+  }
+  const auto count = static_cast<int64_t>(dots.size());
+  std::vector<T> out(dots.size());
+  this->kernels.softmax_row(dots.data(), out.data(), count, {T(1), nullptr, nullptr}, 0.0, false);
+  for (size_t j = 0; j < dots.size(); ++j) {
+    ASSERT_NEAR(out[j] / std::exp(static_cast<long double>(dots[j])), 1.0, this->kExp) << dots[j];
   }
 }
 
@@ -116,8 +138,9 @@ TYPED_TEST(RowKernelsTest, SoftmaxRowTakesTheWholeLse) {
     const std::vector<T> dots(size, T(40) - T(0.25));
     std::vector<T> out(size);
     this->kernels.softmax_row(dots.data(), out.data(), size, {T(1), nullptr, nullptr}, lse, false);
+    // The exponential; 39.75 - 40 is exact, what the lower part makes of it is rounded.
     for (const T q : out) {
-      EXPECT_NEAR(q / std::exp(static_cast<long double>(dots[0]) - lse), 1.0, this->kTolerance / 4);
+      EXPECT_NEAR(q / std::exp(static_cast<long double>(dots[0]) - lse), 1.0, this->kExp + this->kU / 4);
     }
   }
 }
@@ -384,9 +407,11 @@ TYPED_TEST(RowKernelsTest, Projections) {
     const auto w = random_row<T>(size, 1.0, 5);
     long double w_squared = 0;
     long double dot = 0;
+    long double dot_size = 0;
     for (int64_t k = 0; k < size; ++k) {
       w_squared += static_cast<long double>(w[k]) * w[k];
       dot += static_cast<long double>(row[k]) * w[k];
+      dot_size += std::fabs(static_cast<long double>(row[k]) * w[k]);
     }
     std::vector<T> out(size);
     const T inverse = static_cast<T>(1.0L / std::sqrt(w_squared));
@@ -395,7 +420,12 @@ TYPED_TEST(RowKernelsTest, Projections) {
     this->kernels.project_row(row.data(), w.data(), plain.data(), size, T(0), T(0.5));
     for (int64_t k = 0; k < size; ++k) {
       EXPECT_EQ(plain[k], row[k] * T(0.5));
-      EXPECT_NEAR(out[k], static_cast<double>(0.5L * (row[k] - dot / w_squared * w[k])), this->kTolerance * size);
+      // Of the part along w: `size` roundings of the dot product, the inverse norm's twice, three products, the
+      // difference, and what is expected. Halving is exact.
+      const long double parts = 0.5L * (std::fabs(row[k]) + dot_size / w_squared * std::fabs(w[k]));
+      EXPECT_NEAR(
+          out[k], static_cast<double>(0.5L * (row[k] - dot / w_squared * w[k])),
+          static_cast<double>(size + 7) * this->kU * static_cast<double>(parts));
     }
   }
 }
