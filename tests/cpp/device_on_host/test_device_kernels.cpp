@@ -8,36 +8,14 @@
 #include "cpu/range_kernels.h"
 #include "kernel_problem.h"
 #include "kernels/launch.h"
+#include "math/logit.h"
 #include "math/online_lse.h"
+#include "rounding.h"
 
 namespace {
 
 using namespace torchmargin;
-using torchmargin::testing::dtype_of;
-using torchmargin::testing::KernelProblem;
-using torchmargin::testing::random_values;
-
-// Sums of some hundred float32 terms in another order: a few units of 2^-24 times their number's root.
-template <typename T>
-constexpr double kTolerance = std::is_same_v<T, double> ? 1e-12 : 2e-6;
-
-template <typename Got, typename T>
-void expect_close(const std::vector<Got>& got, const std::vector<T>& expected, const char* what, double tolerance) {
-  double size = 0.0;
-  for (const T& value : expected) {
-    size = std::isfinite(static_cast<double>(value)) ? std::max(size, std::fabs(static_cast<double>(value))) : size;
-  }
-  ASSERT_EQ(got.size(), expected.size());
-  for (size_t k = 0; k < got.size(); ++k) {
-    const double a = static_cast<double>(got[k]);
-    const double b = static_cast<double>(expected[k]);
-    if (std::isfinite(b)) {
-      ASSERT_NEAR(a, b, tolerance * (1.0 + size)) << what << " at " << k;
-    } else {
-      ASSERT_EQ(std::isnan(a), std::isnan(b)) << what << " at " << k;
-    }
-  }
-}
+using namespace torchmargin::testing;
 
 template <typename Pair>
 class DeviceKernels : public ::testing::Test {};
@@ -63,11 +41,16 @@ constexpr std::array<std::array<int64_t, 3>, 5> kSizes{
 template <typename Scalar>
 using Narrow = std::conditional_t<std::is_same_v<Scalar, float>, c10::Half, Scalar>;
 
-// The rounding of a result to 16 bits, beside the error of float32 sums.
-template <typename Out, typename T>
-constexpr double kOutTolerance = std::is_same_v<Out, c10::Half> ? 0x1p-11
-    : std::is_same_v<Out, c10::BFloat16>                        ? 0x1p-8
-                                                                : kTolerance<T>;
+// Of the parts of a logit. T: acc.
+template <typename T>
+double size_of_logit(const ProductsTile& tile, int64_t i, int64_t j) {
+  const auto element = [](const void* of, int64_t k, double otherwise) {
+    return of == nullptr ? otherwise : std::fabs(static_cast<double>(static_cast<const T*>(of)[k]));
+  };
+  return element(tile.products, i * tile.row_stride + j, 0.0) * tile.scale * element(tile.row_factors, i, 1.0) *
+      element(tile.class_factors, j, 1.0) +
+      element(tile.bias, j, 0.0);
+}
 
 // Loads rows of `input`, given transposed if `strided`, to Out.
 template <typename Out, typename Scalar, typename T>
@@ -108,9 +91,26 @@ void check_load_rows(const KernelProblem<Scalar, T>& p, bool unit, bool weighted
     cpu::load_rows_range(args, acc, 0, p.rows);
     cpu::sum_rows_range(args, acc, 0, p.features);
   });
-  expect_close(std::get<0>(got), std::get<0>(expected), "rows", kOutTolerance<Out, T>);
-  expect_close(std::get<1>(got), std::get<1>(expected), "inverse norms", kTolerance<T>);
-  expect_close(std::get<2>(got), std::get<2>(expected), "sum", kTolerance<T>);
+  const auto& [out, norms, sum] = expected;
+  // An inverse norm and two factors in float64; 16 bits take a factor and a product in float32 instead.
+  const int64_t factor = inverse_norm_roundings(p.features) + 2;
+  const double element = rounding(factor, 1.0) + (sizeof(Out) == 2 ? 2 * kUnitRoundoff<float> : 0.0);
+  expect_all_within(
+      std::get<0>(got), out, [&](int64_t k) { return element * std::fabs(static_cast<double>(out[k])); }, "rows");
+  expect_all_within(
+      std::get<1>(got), norms, [&](int64_t i) { return rounding(factor - 2, static_cast<double>(norms[i])); },
+      "inverse norms");
+  // A norm in T, a factor, a product, and a sum for each row.
+  const double term = rounding(factor + p.rows, 1.0) + rounding<T>(1, 1.0);
+  const auto sum_bound = [&](int64_t k) {
+    double size = 1.0; // what stood there
+    for (int64_t i = 0; i < p.rows; ++i) {
+      const double given = weighted ? p.upstream[i] : 1.0;
+      size += given == 0.0 ? 0.0 : std::fabs(p.wide_input[i * p.features + k] * given * norms[i]);
+    }
+    return term * size;
+  };
+  expect_all_within(std::get<2>(got), sum, sum_bound, "sum");
 }
 
 TYPED_TEST(DeviceKernels, LoadRows) {
@@ -150,8 +150,19 @@ TYPED_TEST(DeviceKernels, AccumulateChunk) {
       const auto got =
           run([&](const AccumulateChunkArgs& args) { device::launch_accumulate_chunk(args, kAcc, nullptr); });
       const auto expected = run([&](const AccumulateChunkArgs& args) { cpu::accumulate_range(args, kAcc, 0, rows); });
-      expect_close(std::get<0>(got), std::get<0>(expected), "log-sum-exp", kTolerance<T>);
-      expect_close(std::get<1>(got), std::get<1>(expected), "maximum", kTolerance<T>);
+      const auto size = [&](int64_t i) { // of the largest of a row's logits, and of what stood there
+        double largest = 3.0;
+        for (int64_t j = 0; j < classes; ++j) {
+          largest = std::fmax(largest, size_of_logit<T>(p.tile(!bounded, !bounded), i, j));
+        }
+        return largest;
+      };
+      expect_all_within(
+          std::get<0>(got), std::get<0>(expected), [&](int64_t i) { return lse_rounding<T>(classes, size(i)); },
+          "log-sum-exp");
+      expect_all_within(
+          std::get<1>(got), std::get<1>(expected), [&](int64_t i) { return rounding<T>(kLogitRoundings, size(i)); },
+          "maximum");
     }
   }
 }
@@ -197,14 +208,18 @@ TYPED_TEST(DeviceKernels, AccumulateExtremeLogits) {
       {tile, /*bounded=*/false, /*first=*/false, {shift.data(), sum.data(), maximum.data()}}, kAcc, nullptr);
   double largest = -INFINITY;
   double expected = 0.0;
+  double size = 0.0; // of the logits, as their softmax weighs them: so do their errors move the log-sum-exp
+  const auto logit = [&](int64_t j) { return -60.0 * 16.0 * static_cast<double>(p.inverse_norms[j]); };
   for (int64_t j = 1; j < 1100; ++j) { // row 0's target is class 0
-    largest = std::max(largest, -60.0 * 16.0 * static_cast<double>(p.inverse_norms[j]));
+    largest = std::max(largest, logit(j));
   }
   for (int64_t j = 1; j < 1100; ++j) {
-    expected += std::exp(-60.0 * 16.0 * static_cast<double>(p.inverse_norms[j]) - largest);
+    expected += std::exp(logit(j) - largest);
+    size += std::exp(logit(j) - largest) * std::fabs(logit(j));
   }
-  EXPECT_NEAR(shift[0] + std::log(sum[0]), largest + std::log(expected), 1e-6 * std::fabs(largest));
-  EXPECT_NEAR(maximum[0], largest, 1e-6 * std::fabs(largest));
+  size /= expected;
+  EXPECT_NEAR(shift[0] + std::log(sum[0]), largest + std::log(expected), lse_rounding<T>(1100, size));
+  EXPECT_NEAR(maximum[0], largest, rounding<T>(kLogitRoundings, std::fabs(largest)));
   EXPECT_TRUE(std::isfinite(shift[1] + std::log(sum[1])));
   EXPECT_EQ(shift[2] + std::log(sum[2]), -INFINITY);
   EXPECT_EQ(maximum[2], -INFINITY);
@@ -236,7 +251,20 @@ void check_softmax_chunk(KernelProblem<Scalar, T>& p, bool with_bias) {
       expected[i * row_length + j] *= static_cast<T>(scale);
     }
   }
-  expect_close(got, expected, "softmax", kOutTolerance<Out, T>);
+  const ProductsTile tile = p.tile(with_bias, with_bias);
+  const auto bound = [&](int64_t k) {
+    const int64_t i = k / row_length;
+    const int64_t j = k % row_length;
+    if (j >= p.classes || p.upstream[i] == 0.0) {
+      return 0.0;
+    }
+    // One of them may be flushed where the other is not.
+    const double flushed = std::exp(kFlush) * (with_bias ? 1.0 : static_cast<double>(p.inverse_norms[j]));
+    return softmax_rounding<T>(size_of_logit<T>(tile, i, j), p.other_lse[i]) *
+        std::fabs(static_cast<double>(expected[k])) +
+        flushed;
+  };
+  expect_all_within(got, expected, bound, "softmax");
   EXPECT_EQ(got[0], Out(0));
 }
 
@@ -262,8 +290,11 @@ TYPED_TEST(DeviceKernels, SoftmaxTakesTheWholeLse) {
     std::vector<T> out(40);
     const SoftmaxChunkArgs args{p.tile(), p.other_lse.data(), p.upstream.data(), true, out.data(), 40, kAcc, 1.0};
     on_device ? device::launch_softmax_chunk(args, kAcc, nullptr) : cpu::softmax_range(args, kAcc, 0, 1);
+    // The logit and its difference to the upper part are exact; the exponential, the lower part and its difference are
+    // not, nor is what is expected.
+    const double q = std::exp(1000.0 - p.other_lse[0]);
     for (int64_t j = 1; j < 40; ++j) {
-      ASSERT_NEAR(static_cast<double>(out[j]), std::exp(-2.9e-5), kTolerance<T>);
+      ASSERT_NEAR(static_cast<double>(out[j]), q, (2 * kExpRoundings + 1) * kUnitRoundoff<T>);
     }
   }
 }
@@ -290,9 +321,18 @@ TYPED_TEST(DeviceKernels, TargetRows) {
         };
         const auto got = run([&](const TargetRowsArgs& args) { device::launch_target_rows(args, kAcc, nullptr); });
         const auto expected = run([&](const TargetRowsArgs& args) { cpu::target_rows_range(args, kAcc, 0, rows); });
-        expect_close(std::get<0>(got), std::get<0>(expected), "state", kTolerance<double>);
-        expect_close(std::get<1>(got), std::get<1>(expected), "target logit", kTolerance<double>);
-        expect_close(std::get<2>(got), std::get<2>(expected), "angle", kTolerance<T>);
+        const auto& [state, logit, angle] = expected;
+        const auto state_bound = [&](int64_t k) {
+          return k % 4 < 2 ? rounding(features, state[k]) : distance_rounding(features);
+        };
+        const auto* const rows_of_state = reinterpret_cast<const RowState*>(state.data());
+        const auto logit_bound = [&](int64_t i) {
+          return target_logit_rounding(p.context(normalize), rows_of_state[i]);
+        };
+        expect_all_within(std::get<0>(got), state, state_bound, "state");
+        expect_all_within(std::get<1>(got), logit, logit_bound, "target logit");
+        expect_all_within(
+            std::get<2>(got), angle, [&](int64_t) { return angle_rounding(features); }, "angle");
       }
     }
   }
@@ -325,9 +365,13 @@ TYPED_TEST(DeviceKernels, CombineRows) {
       };
       const auto got = run([&](const CombineRowsArgs& args) { device::launch_combine_rows(args, kAcc, nullptr); });
       const auto expected = run([&](const CombineRowsArgs& args) { cpu::combine_rows_range(args, kAcc, 0, rows); });
-      expect_close(got.first[0], expected.first[0], "log-sum-exp", kTolerance<double>);
-      expect_close(got.first[1], expected.first[1], "sum", kTolerance<double>);
-      expect_close(got.second, expected.second, "maximum", kTolerance<T>);
+      const auto sum_bound = [&](int64_t i) {
+        return logit_sum_rounding<Scalar>(
+            p.context(normalize), state[i], i, p.weight_sum.data(), bias_sum + std::fabs(p.upstream[i]));
+      };
+      expect_all_within(got.first[1], expected.first[1], sum_bound, "sum");
+      EXPECT_EQ(got.first[0], expected.first[0]); // one member of a team does what one thread does
+      EXPECT_EQ(got.second, expected.second);
     }
   }
 }
@@ -343,12 +387,13 @@ TYPED_TEST(DeviceKernels, FinishClasses) {
         const std::vector<RowState> state = p.states();
         const double products_scale = 0.25;
         const double total = std::accumulate(p.upstream.begin(), p.upstream.end(), 0.0);
+        std::vector<double> bounds; // of the last run
         const auto run = [&](auto zero, const std::vector<T>& source, bool lack_norms, const RawMatrix& weight,
                              auto finish) {
           using Out = decltype(zero);
           std::vector<Out> gradient(classes * features);
           std::vector<T> bias = random_values<T>(classes, 7);
-          finish(FinishClassesArgs{
+          const FinishClassesArgs args{
               .context = p.context(normalize),
               .state = state.data(),
               .upstream = p.upstreams(smoothing),
@@ -366,7 +411,13 @@ TYPED_TEST(DeviceKernels, FinishClasses) {
               .logit_sum_total = smoothing ? &total : nullptr,
               .sorted_target = p.sorted_target.data(),
               .sorted_row = p.order.data(),
-              .rows = rows});
+              .rows = rows};
+          bounds.clear();
+          for (int64_t j = 0; j < classes; ++j) {
+            const std::vector<double> of_class = grad_weight_rounding<Scalar, T>(args, j);
+            bounds.insert(bounds.end(), of_class.begin(), of_class.end());
+          }
+          finish(args);
           return std::tuple(gradient, bias);
         };
         const auto on_device = [&](const FinishClassesArgs& args) {
@@ -377,18 +428,33 @@ TYPED_TEST(DeviceKernels, FinishClasses) {
         const RawMatrix wide{p.wide_weight.data(), kAcc, features, 1};
         const auto expected = run(T(), products, false, wide, on_cpu);
         const auto got = run(Scalar(), products, false, given, on_device);
-        const double tolerance = std::max(4 * kTolerance<T>, kOutTolerance<Scalar, T>);
-        expect_close(std::get<0>(got), std::get<0>(expected), "grad_weight", tolerance);
-        expect_close(std::get<1>(got), std::get<1>(expected), "grad_bias", kTolerance<T>);
+        const auto bound = [&](int64_t k) { return bounds[k]; };
+        expect_all_within(std::get<0>(got), std::get<0>(expected), bound, "grad_weight");
+        EXPECT_EQ(std::get<1>(got), std::get<1>(expected)); // of one thread on both
         if (normalize) { // products without 1 / |w_j|, as unit vectors give them
           std::vector<T> lacking = products;
+          std::vector<double> sizes(classes * features); // of the products, and of their part along w
           for (int64_t j = 0; j < classes; ++j) {
+            const double inverse = static_cast<double>(p.inverse_norms[j]);
+            const auto product = [&](int64_t k) {
+              return std::fabs(static_cast<double>(products[j * row_length + k]));
+            };
+            const auto unit = [&](int64_t k) {
+              return std::fabs(static_cast<double>(p.wide_weight[j * features + k])) * inverse;
+            };
+            double along = 0.0;
             for (int64_t k = 0; k < features; ++k) {
               lacking[j * row_length + k] /= p.inverse_norms[j];
+              along += product(k) * unit(k);
+            }
+            for (int64_t k = 0; k < features; ++k) {
+              sizes[j * features + k] = (product(k) + along * unit(k)) / products_scale;
             }
           }
           const auto completed = run(Scalar(), lacking, true, given, on_device);
-          expect_close(std::get<0>(completed), std::get<0>(expected), "grad_weight", tolerance);
+          // The quotient is rounded to T, and so is the norm in it.
+          const auto lacking_bound = [&](int64_t k) { return bounds[k] + rounding<T>(1, sizes[k]); };
+          expect_all_within(std::get<0>(completed), std::get<0>(expected), lacking_bound, "grad_weight");
         }
       }
     }
@@ -401,11 +467,12 @@ TYPED_TEST(DeviceKernels, FinishRows) {
     for (const bool normalize : {true, false}) {
       const KernelProblem<Scalar, T> p(rows, features, classes);
       const std::vector<RowState> state = p.states();
+      std::vector<double> bounds;
       const auto run = [&](auto finish) {
         std::vector<T> gradient = random_values<T>(rows * features, 8);
         const double products_scale = 0.5;
         std::vector<double> grad_m2(rows), grad_m3(rows);
-        finish(FinishRowsArgs{
+        const FinishRowsArgs args{
             .context = p.context(normalize),
             .state = state.data(),
             .upstream = p.upstreams(normalize),
@@ -414,14 +481,21 @@ TYPED_TEST(DeviceKernels, FinishRows) {
             .products = gradient.data(),
             .products_scale = &products_scale,
             .grad_m2 = grad_m2.data(),
-            .grad_m3 = grad_m3.data()});
+            .grad_m3 = grad_m3.data()};
+        bounds.clear();
+        for (int64_t i = 0; i < rows; ++i) {
+          const std::vector<double> of_row = grad_input_rounding<Scalar, T>(args, i);
+          bounds.insert(bounds.end(), of_row.begin(), of_row.end());
+        }
+        finish(args);
         return std::tuple(gradient, grad_m2, grad_m3);
       };
       const auto got = run([&](const FinishRowsArgs& args) { device::launch_finish_rows(args, kAcc, nullptr); });
       const auto expected = run([&](const FinishRowsArgs& args) { cpu::finish_rows_range(args, kAcc, 0, rows); });
-      expect_close(std::get<0>(got), std::get<0>(expected), "grad_input", kTolerance<T>);
-      expect_close(std::get<1>(got), std::get<1>(expected), "grad_m2", kTolerance<double>);
-      expect_close(std::get<2>(got), std::get<2>(expected), "grad_m3", kTolerance<double>);
+      expect_all_within(
+          std::get<0>(got), std::get<0>(expected), [&](int64_t k) { return bounds[k]; }, "grad_input");
+      EXPECT_EQ(std::get<1>(got), std::get<1>(expected)); // of one thread on both
+      EXPECT_EQ(std::get<2>(got), std::get<2>(expected));
     }
   }
 }
@@ -452,15 +526,43 @@ TYPED_TEST(DeviceKernels, Cosine) {
         run([&](const CosineForwardArgs& args) { cpu::cosine_forward(args, 0, rows); },
             [&](const CosineBackwardArgs& args) { cpu::cosine_backward(args, 0, rows); },
             [&](const TransformArgs& args) { cpu::transform(args, 0, rows * classes); });
-    for (size_t k = 0; k < 3; ++k) {
-      expect_close(std::get<0>(got)[k], std::get<0>(expected)[k], "cosine results", kTolerance<T>);
-    }
-    // A gradient is rounded once to the caller's dtype.
-    const double rounding = sizeof(Scalar) == 2 ? 1e-2 : 4 * kTolerance<T>;
-    expect_close(std::get<1>(got), std::get<1>(expected), "grad_cosine", rounding);
-    expect_close(std::get<2>(got), std::get<2>(expected), "grad_m2", kTolerance<double>);
-    expect_close(std::get<3>(got), std::get<3>(expected), "grad_m3", kTolerance<double>);
-    expect_close(std::get<4>(got), std::get<4>(expected), "psi", rounding);
+    const auto& [results, grad, grad_m2, grad_m3, psi] = expected;
+    // psi and the slopes to the margins are what one thread makes of one cosine on both.
+    EXPECT_EQ(std::get<0>(got)[1], results[1]);
+    EXPECT_EQ(std::get<2>(got), grad_m2);
+    EXPECT_EQ(std::get<3>(got), grad_m3);
+    EXPECT_EQ(std::get<4>(got), psi);
+    const double scale = p.margin().scale;
+    const auto size = [&](int64_t i, int64_t j) {
+      return scale * std::fabs(static_cast<double>(cosine[i * classes + j]));
+    };
+    const auto row_size = [&](int64_t i, auto add) {
+      double total = 0.0;
+      for (int64_t j = 0; j < classes; ++j) {
+        total = add(total, size(i, j));
+      }
+      return total;
+    };
+    const auto lse_bound = [&](int64_t i) {
+      return lse_rounding<T>(classes, row_size(i, [](double a, double b) { return std::fmax(a, b); }));
+    };
+    // A sum for each class, the scale and the target's logit.
+    const auto sum_bound = [&](int64_t i) {
+      return rounding(classes + 2, row_size(i, std::plus<>()) + std::fabs(results[1][i]));
+    };
+    expect_all_within(std::get<0>(got)[0], results[0], lse_bound, "log-sum-exp");
+    expect_all_within(std::get<0>(got)[2], results[2], sum_bound, "sum of logits");
+    // factor Q + constant in T, or the target's slope in float64.
+    const auto grad_bound = [&](int64_t k) {
+      const int64_t i = k / classes;
+      const double constant = scale * std::fabs(p.upstream[i]);
+      const double q = std::exp(scale * static_cast<double>(cosine[k]) - results[0][i]);
+      const double of_q = lse_bound(i) + softmax_rounding<T>(size(i, k % classes), results[0][i]);
+      return k % classes == p.target[i]
+          ? rounding<T>(1, std::fabs(static_cast<double>(grad[k])))
+          : constant * (q * (of_q + rounding<T>(3, 1.0)) + rounding<T>(2, 1.0) + std::exp(kFlush));
+    };
+    expect_all_within(std::get<1>(got), grad, grad_bound, "grad_cosine");
   }
 }
 

@@ -1,8 +1,6 @@
 // The CPU's two ways through the target pass, the end of the forward and the gradients: rows that are contiguous in acc
-// go through the row kernels, any others through the bodies that all devices share. The same numbers on both.
-//
-// Tolerances: n roundings of at most u move a sum by at most n u times the sum of its terms' sizes (Higham, Accuracy
-// and Stability of Numerical Algorithms, section 3.1); each way may be so far off.
+// go through the row kernels, any others through the bodies that all devices share. The same numbers on both, but for
+// the order of sums.
 #include <gtest/gtest.h>
 
 #include <limits>
@@ -10,36 +8,17 @@
 
 #include "cpu/range_kernels.h"
 #include "kernel_problem.h"
+#include "rounding.h"
 
 namespace {
 
 using namespace torchmargin;
-using torchmargin::testing::dtype_of;
-using torchmargin::testing::KernelProblem;
-using torchmargin::testing::random_values;
+using namespace torchmargin::testing;
 
 constexpr int64_t kRows = 13;
 constexpr int64_t kClasses = 11;
 constexpr int64_t kEmptyRow = 4; // has no upstream gradient
 constexpr int64_t kOwnRow = 5; // has none for the other classes
-
-// What `count` roundings to float64 on each way do to a sum of terms of this size.
-double rounding(int64_t count, double size) {
-  return static_cast<double>(2 * count) * 0x1p-53 * size;
-}
-
-template <typename T>
-void expect_within(T got, T expected, double bound, const char* what) {
-  // Each is rounded to T at last.
-  const double last = static_cast<double>(std::numeric_limits<T>::epsilon()) / 2 *
-      (std::fabs(static_cast<double>(got)) + std::fabs(static_cast<double>(expected)));
-  if (std::isnan(expected)) {
-    EXPECT_TRUE(std::isnan(got)) << what;
-  } else if (got != expected) {
-    EXPECT_LE(std::fabs(static_cast<double>(got) - static_cast<double>(expected)), bound + last)
-        << what << ": " << got << " and " << expected;
-  }
-}
 
 // The matrix with `step` elements for each of its own, NaN between them.
 template <typename Scalar>
@@ -133,14 +112,6 @@ struct Ways {
   }
 };
 
-// The size of what a target adds to a component of the gradient of `self`, without its factor.
-double term_size(const TargetRow& row, double self, double other, double radial) {
-  const double tangent = (std::fabs(other) + (1 + row.angle.half) * std::fabs(self)) * row.angle.inverse_sine;
-  return std::fabs(radial * self) + std::fabs(row.margin.dtheta) * tangent;
-}
-// A unit component, sum, difference, three factors, difference, sum, factor: what is rounded on a part's way.
-constexpr int64_t kTermRoundings = 11;
-
 template <typename Scalar, typename T>
 void compare_target_rows(const Ways<Scalar, T>& ways) {
   const auto run = [&](const TargetContext& context) {
@@ -153,12 +124,7 @@ void compare_target_rows(const Ways<Scalar, T>& ways) {
   const auto [states, logits, angles] = run(ways.contiguous());
   const auto [expected_states, expected_logits, expected_angles] = run(ways.other());
   const int64_t features = ways.features;
-  // An inverse norm has half the error of its sum and two roundings; a component of a unit vector one more, a
-  // difference another. They are as long as 4 = (|x| + |w|)^2 in all, and count twice in a square.
-  const int64_t component = features / 2 + 4;
-  const double squared = rounding(2 * component + features, 4.0);
-  // A length's error is half of that of its square over its own size; the angle's is both lengths'.
-  const double angle = rounding(2 * (2 * component + features) + 8, 2.0);
+  const double squared = distance_rounding(features);
   for (int64_t i = 0; i < kRows; ++i) {
     const RowState& state = states[i];
     const RowState& expected = expected_states[i];
@@ -166,11 +132,8 @@ void compare_target_rows(const Ways<Scalar, T>& ways) {
     expect_within(state.w_squared, expected.w_squared, rounding(features, expected.w_squared), "w_squared");
     expect_within(state.delta_squared, expected.delta_squared, squared, "delta_squared");
     expect_within(state.sigma_squared, expected.sigma_squared, squared, "sigma_squared");
-    expect_within(angles[i], expected_angles[i], angle, "angle");
-    // psi moves no faster than its angle (m1 = 1); lengths are factors.
-    const double size = 16.0 * (ways.normalize_input ? 1.0 : std::sqrt(expected.x_squared)) *
-        (ways.normalize_weight ? 1.0 : std::sqrt(expected.w_squared));
-    expect_within(logits[i], expected_logits[i], size * (angle + rounding(features + 8, 1.0)), "target_logit");
+    expect_within(angles[i], expected_angles[i], angle_rounding(features), "angle");
+    expect_within(logits[i], expected_logits[i], target_logit_rounding(ways.contiguous(), expected), "target_logit");
     const bool absent = i == 3 || i == 7;
     EXPECT_EQ(absent, logits[i] == 0.0 && state.w_squared == 0.0) << i;
   }
@@ -204,17 +167,12 @@ void compare_combine_rows(const Ways<Scalar, T>& ways) {
   const auto [expected_sums, expected_lse, expected_largest] = run(ways.other());
   EXPECT_EQ(lse, expected_lse);
   EXPECT_EQ(largest, expected_largest);
-  const TargetContext context = ways.contiguous();
-  for (int64_t i = 0; i < kRows; ++i) {
-    const TargetRow row = evaluate_target(context, i, ways.states[i]);
-    double size = bias_sum + std::fabs(target_logit[i]);
-    for (int64_t k = 0; k < ways.features; ++k) {
-      const double own = row.present ? row.b * ways.w(row.target, k) : 0.0;
-      size += 16.0 * std::fabs(row.a * ways.x(i, k)) * (std::fabs(ways.p.weight_sum[k]) + std::fabs(own));
-    }
-    // B_y, difference, two factors, features - 1 sums, the scale and two sums.
-    expect_within(sums[i], expected_sums[i], rounding(ways.features + 6, size), "logit_sum");
+  for (int64_t i = 0; ways.smoothing && i < kRows; ++i) {
+    const double bound = logit_sum_rounding<T>(
+        ways.contiguous(), ways.states[i], i, ways.p.weight_sum.data(), bias_sum + std::fabs(target_logit[i]));
+    expect_within(sums[i], expected_sums[i], bound, "logit_sum");
   }
+  EXPECT_TRUE(ways.smoothing || sums == std::vector<double>(kRows));
 }
 
 template <typename Scalar, typename T>
@@ -225,10 +183,8 @@ void compare_finish_rows(const Ways<Scalar, T>& ways) {
     products[row * features + features / 2] = std::numeric_limits<T>::quiet_NaN();
   }
   const double products_scale = 0.5;
-  const auto run = [&](const TargetContext& context) {
-    std::vector<T> gradient = products;
-    std::vector<double> grad_m2(kRows), grad_m3(kRows);
-    const FinishRowsArgs args{
+  const auto arguments = [&](const TargetContext& context, std::vector<T>& gradient) {
+    return FinishRowsArgs{
         .context = context,
         .state = ways.states.data(),
         .upstream = ways.upstream(),
@@ -236,8 +192,15 @@ void compare_finish_rows(const Ways<Scalar, T>& ways) {
         .weight_sum = ways.smoothing ? ways.p.weight_sum.data() : nullptr,
         .products = gradient.data(),
         .products_scale = &products_scale,
-        .grad_m2 = grad_m2.data(),
-        .grad_m3 = grad_m3.data()};
+        .grad_m2 = nullptr,
+        .grad_m3 = nullptr};
+  };
+  const auto run = [&](const TargetContext& context) {
+    std::vector<T> gradient = products;
+    std::vector<double> grad_m2(kRows), grad_m3(kRows);
+    FinishRowsArgs args = arguments(context, gradient);
+    args.grad_m2 = grad_m2.data();
+    args.grad_m3 = grad_m3.data();
     cpu::finish_rows_range(args, dtype_of<T>, 0, kRows);
     return std::tuple(gradient, grad_m2, grad_m3);
   };
@@ -245,19 +208,8 @@ void compare_finish_rows(const Ways<Scalar, T>& ways) {
   const auto [expected, expected_m2, expected_m3] = run(ways.other());
   EXPECT_EQ(grad_m2, expected_m2);
   EXPECT_EQ(grad_m3, expected_m3);
-  const TargetContext context = ways.contiguous();
   for (int64_t i = 0; i < kRows; ++i) {
-    const TargetRow row = evaluate_target(context, i, ways.states[i]);
-    std::vector<double> others(features);
-    double along = 0.0;
-    for (int64_t k = 0; k < features; ++k) {
-      const double own = row.present ? row.b * ways.w(row.target, k) : 0.0;
-      const double product = ways.others[i] == 0.0 ? 0.0 : static_cast<double>(products[i * features + k]);
-      others[k] = std::fabs(ways.others[i] / products_scale * product);
-      others[k] += ways.smoothing ? std::fabs(ways.sum[i]) * (std::fabs(ways.p.weight_sum[k]) + std::fabs(own)) : 0.0;
-      along += ways.normalize_input ? others[k] * std::fabs(row.inverse_x * ways.x(i, k)) : 0.0;
-    }
-    const double outer = 16.0 * (ways.normalize_input ? row.inverse_x : 1.0);
+    const auto bounds = grad_input_rounding<T, T>(arguments(ways.contiguous(), products), i);
     for (int64_t k = 0; k < features; ++k) {
       const T got = gradient[i * features + k];
       const T other_way = expected[i * features + k];
@@ -267,17 +219,7 @@ void compare_finish_rows(const Ways<Scalar, T>& ways) {
         continue;
       }
       EXPECT_FALSE(std::isnan(other_way)) << i;
-      const double unit_x = row.inverse_x * ways.x(i, k);
-      double size = others[k] + along * std::fabs(unit_x);
-      if (row.present) {
-        const double factor = std::fabs(ways.own[i] * row.beta);
-        const double radial = ways.normalize_input ? 0.0 : row.margin.psi;
-        size += factor * term_size(row, unit_x, row.inverse_w * ways.w(row.target, k), radial);
-      }
-      // The longest way is that of the part along x: four roundings of another's, two factors, features - 1 sums, two
-      // factors, difference, sum and factor.
-      const int64_t count = std::max(features + 10, kTermRoundings);
-      expect_within(got, other_way, rounding(count, outer * size), "grad_input");
+      expect_within(got, other_way, bounds[k], "grad_input");
     }
   }
 }
@@ -289,10 +231,8 @@ void compare_finish_classes(const Ways<Scalar, T>& ways, bool lack_norms) {
   const std::vector<double> input_sum = random_values<double>(features, 27);
   const double products_scale = 0.25;
   const double total = 0.7;
-  const auto run = [&](const TargetContext& context) {
-    std::vector<T> gradient(kClasses * features);
-    std::vector<T> bias = random_values<T>(kClasses, 28);
-    const FinishClassesArgs args{
+  const auto arguments = [&](const TargetContext& context, std::vector<T>& gradient, std::vector<T>& bias) {
+    return FinishClassesArgs{
         .context = context,
         .state = ways.states.data(),
         .upstream = ways.upstream(),
@@ -311,46 +251,21 @@ void compare_finish_classes(const Ways<Scalar, T>& ways, bool lack_norms) {
         .sorted_target = ways.p.sorted_target.data(),
         .sorted_row = ways.p.order.data(),
         .rows = kRows};
-    cpu::finish_classes_range(args, dtype_of<T>, 0, kClasses);
+  };
+  const auto run = [&](const TargetContext& context) {
+    std::vector<T> gradient(kClasses * features);
+    std::vector<T> bias = random_values<T>(kClasses, 28);
+    cpu::finish_classes_range(arguments(context, gradient, bias), dtype_of<T>, 0, kClasses);
     return std::pair(gradient, bias);
   };
-  const auto [gradient, bias] = run(ways.contiguous());
+  auto [gradient, bias] = run(ways.contiguous());
   const auto [expected, expected_bias] = run(ways.other());
   EXPECT_EQ(bias, expected_bias);
-  const TargetContext context = ways.contiguous();
   for (int64_t j = 0; j < kClasses; ++j) {
-    double w_squared = 0.0;
+    const auto bounds = grad_weight_rounding<T, T>(arguments(ways.contiguous(), gradient, bias), j);
     for (int64_t k = 0; k < features; ++k) {
-      w_squared += ways.w(j, k) * ways.w(j, k);
-    }
-    const double inverse_w = inverse_norm(w_squared);
-    const double b = ways.normalize_weight ? inverse_w : 1.0;
-    std::vector<double> others(features), own(features);
-    double along = 0.0;
-    for (int64_t k = 0; k < features; ++k) {
-      others[k] = std::fabs((lack_norms ? b : 1.0) / products_scale * static_cast<double>(products[j * features + k]));
-      others[k] += ways.smoothing ? 16.0 * b * std::fabs(input_sum[k]) : 0.0;
-      for (int64_t i = 0; i < kRows; ++i) {
-        if (ways.p.target[i] != j || i == kEmptyRow) {
-          continue;
-        }
-        const TargetRow row = evaluate_target(context, i, ways.states[i]);
-        others[k] += ways.smoothing ? 16.0 * b * std::fabs(ways.sum[i] * row.a * ways.x(i, k)) : 0.0;
-        const double radial = ways.normalize_weight ? 0.0 : row.margin.psi;
-        own[k] += 16.0 * std::fabs(ways.own[i]) * row.alpha * b *
-            term_size(row, inverse_w * ways.w(j, k), row.inverse_x * ways.x(i, k), radial);
-      }
-      along += ways.normalize_weight ? others[k] * std::fabs(inverse_w * ways.w(j, k)) : 0.0;
-    }
-    for (int64_t k = 0; k < features; ++k) {
-      // The longest way is that of the part along w: four factors and a sum for each row make another's; a product,
-      // features - 1 sums, three factors, and a sum for each row again. The inverse norm is in it three times, with
-      // half the error of its sum and two roundings.
-      const int64_t count = 3 * (features / 2 + 3) + features + 2 * kRows + kTermRoundings;
-      expect_within(
-          gradient[j * features + k], expected[j * features + k],
-          rounding(count, others[k] + along * std::fabs(inverse_w * ways.w(j, k)) + own[k]), "grad_weight");
       EXPECT_FALSE(std::isnan(gradient[j * features + k])) << j;
+      expect_within(gradient[j * features + k], expected[j * features + k], bounds[k], "grad_weight");
     }
   }
 }
