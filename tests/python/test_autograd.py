@@ -1,5 +1,7 @@
 """The ops under autograd, torch.func, opcheck and torch.compile."""
 
+import math
+
 import pytest
 import torch
 
@@ -131,17 +133,23 @@ def test_third_derivatives(op):
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops over the op
 @pytest.mark.parametrize("mode", ["jvp", "forward over forward", "reverse over reverse", "hessian"])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-@pytest.mark.parametrize("form", ["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("form", "label_smoothing"),
+    [("linear", 0.0), ("linear", 0.3), ("cosine", 0.0), ("cosine", 0.3), ("masked", 0.0)],
+)
 def test_one_class_has_no_derivatives_of_any_order(form, label_smoothing, mode):
-    """The loss of one class is 0 for every input, and so is whatever is derived of it."""
-    x, w, _, _ = problem(5, 4, 1)
+    """The loss of one class is 0 for every input, and so is whatever is derived of it; masked: of all but one."""
+    classes = 3 if form == "masked" else 1
+    x, w, _, _ = problem(5, 4, classes)
     y = torch.zeros(5, dtype=torch.long)
+    mask = torch.zeros(classes, dtype=torch.float64)
+    mask[1:] = -math.inf
 
     def loss(x):
         if form == "cosine":
             return F.margin_cross_entropy(x[:, :1].tanh(), y, scale=4.0, m2=0.3, label_smoothing=label_smoothing)
-        return F.linear_margin_cross_entropy(x, w, y, scale=4.0, m2=0.3, label_smoothing=label_smoothing)
+        bias = mask if form == "masked" else None
+        return F.linear_margin_cross_entropy(x, w, y, bias, scale=4.0, m2=0.3, label_smoothing=label_smoothing)
 
     x, direction = x.detach(), torch.randn(5, 4, dtype=torch.float64)
     if mode == "jvp":
