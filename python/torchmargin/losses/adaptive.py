@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -215,7 +215,7 @@ class ElasticFaceLoss(MarginLoss):
         num_classes: int,
         *,
         scale: float = 64.0,
-        kind: str = "arc",
+        kind: Literal["arc", "cos"] = "arc",
         margin: float = 0.5,
         deviation: float = 0.0125,
         **common: Unpack[CommonOptions],
