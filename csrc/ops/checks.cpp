@@ -64,9 +64,11 @@ void check_returned(
     std::string_view op,
     const char* argument,
     const at::Tensor& tensor,
+    const at::Tensor& input,
     c10::SymIntArrayRef shape,
     at::ScalarType dtype) {
   check_shape(op, argument, tensor, shape);
+  check_device(op, argument, tensor, input);
   TORCH_CHECK(
       tensor.scalar_type() == dtype, op, ": expected ", argument, " as the forward returned it, in ", dtype,
       ", but got ", tensor.scalar_type());

@@ -29,6 +29,7 @@ void check_returned(
     std::string_view op,
     const char* argument,
     const at::Tensor& tensor,
+    const at::Tensor& input,
     c10::SymIntArrayRef shape,
     at::ScalarType dtype);
 

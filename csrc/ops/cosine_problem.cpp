@@ -88,7 +88,7 @@ void check_request(std::string_view op, const CosineProblem& problem, const Cosi
   check_upstream(op, "grad_other_lse", request.grad_other_lse, problem.cosine, {problem.cosine.sym_size(0)});
   check_upstream(op, "grad_target_logit", request.grad_target_logit, problem.cosine, {problem.cosine.sym_size(0)});
   check_upstream(op, "grad_logit_sum", request.grad_logit_sum, problem.cosine, {problem.cosine.sym_size(0)});
-  check_returned(op, "other_lse", request.other_lse, {problem.cosine.sym_size(0)}, at::kDouble);
+  check_returned(op, "other_lse", request.other_lse, problem.cosine, {problem.cosine.sym_size(0)}, at::kDouble);
 }
 
 CosineResult call_cosine_forward(const CosineProblem& p, std::optional<int64_t> ignore_index, bool with_logit_sum) {

@@ -107,11 +107,11 @@ namespace {
 
 void check_inverse_norms(std::string_view op, const LinearProblem& problem, const at::Tensor& inverse_norms) {
   const c10::SymInt classes = problem.normalize_weight ? problem.weight.sym_size(0) : c10::SymInt(0);
-  check_returned(op, "inverse_norms", inverse_norms, {classes}, problem.acc());
+  check_returned(op, "inverse_norms", inverse_norms, problem.input, {classes}, problem.acc());
 }
 
 void check_row_state(std::string_view op, const LinearProblem& problem, const at::Tensor& row_state) {
-  check_returned(op, "row_state", row_state, {problem.input.sym_size(0), kRowStateSize}, at::kDouble);
+  check_returned(op, "row_state", row_state, problem.input, {problem.input.sym_size(0), kRowStateSize}, at::kDouble);
 }
 
 } // namespace
@@ -132,18 +132,19 @@ void check_request(std::string_view op, const LinearProblem& problem, const Back
   check_upstream(op, "grad_other_lse", request.grad_other_lse, problem.input, {rows});
   check_upstream(op, "grad_target_logit", request.grad_target_logit, problem.input, {rows});
   check_upstream(op, "grad_logit_sum", request.grad_logit_sum, problem.input, {rows});
-  check_returned(op, "other_lse", request.other_lse, {rows}, at::kDouble);
+  check_returned(op, "other_lse", request.other_lse, problem.input, {rows}, at::kDouble);
   check_inverse_norms(op, problem, record.inverse_norms);
   TORCH_CHECK(
       record.kept.dim() == 2 && record.kept.sym_size(0) == rows &&
           (record.kept.sym_size(1) <= classes || record.kept.sym_size(1) == kept_columns(classes, classes)),
       op, ": expected kept to have shape [", rows, ", at most ", classes, "], but got ", record.kept.sym_sizes());
-  check_returned(op, "kept", record.kept, record.kept.sym_sizes(), problem.acc());
+  check_returned(op, "kept", record.kept, problem.input, record.kept.sym_sizes(), problem.acc());
   if (request.grad_logit_sum.has_value()) {
-    check_returned(op, "weight_sum", record.weight_sum, {problem.input.sym_size(1)}, at::kDouble);
+    check_returned(op, "weight_sum", record.weight_sum, problem.input, {problem.input.sym_size(1)}, at::kDouble);
   }
   check_row_state(op, problem, record.row_state);
-  check_returned(op, "weight_scale", record.weight_scale, {problem.normalize_weight ? 0 : 1}, at::kDouble);
+  check_returned(
+      op, "weight_scale", record.weight_scale, problem.input, {problem.normalize_weight ? 0 : 1}, at::kDouble);
 }
 
 void check_request(std::string_view op, const LinearProblem& problem, const LogitsBackwardRequest& request) {

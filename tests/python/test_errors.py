@@ -284,6 +284,24 @@ def test_the_private_backward_refuses_what_does_not_fit(change, text):
         torch.ops.torchmargin._linear_margin_backward(*packed(*(t.to("meta") for t in (X, W, Y))), **on_meta)
 
 
+@pytest.mark.parametrize("name", ["other_lse", "kept", "inverse_norms", "weight_sum", "row_state", "weight_scale"])
+def test_the_private_backward_refuses_a_record_of_another_device(name):
+    results = torch.ops.torchmargin._linear_margin_forward(*packed(X, W, Y), None, True, 0, None)
+    record = dict(zip(["kept", "inverse_norms", "weight_sum", "row_state", "weight_scale"], results[5:], strict=True))
+    record["other_lse"] = results[0]
+    record[name] = record[name].to("meta")
+    text = f"_linear_margin_backward: expected {name} on the device of input, cpu, but got meta"
+    with pytest.raises(RuntimeError, match=text):
+        torch.ops.torchmargin._linear_margin_backward(
+            *packed(X, W, Y),
+            grad_other_lse=torch.ones(4),
+            grad_target_logit=None,
+            grad_logit_sum=torch.ones(4),
+            **record,
+            wanted=[True, True, False, False, False],
+        )
+
+
 def test_the_other_private_backwards_refuse_what_does_not_fit():
     ops = torch.ops.torchmargin
     more = {"row_state": torch.zeros(4, 4).double(), "wanted": [True, True, False, False, False]}
