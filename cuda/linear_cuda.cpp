@@ -1,13 +1,9 @@
-// The private linear ops on CUDA: the gate, the check of the targets' values, the sweep with this
-// device's kernels on the current stream.
+// The private linear ops on CUDA (sweep/linear_ops.h): the sweep with this device's kernels on the current stream.
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include "kernels/launch.h"
-#include "ops/problem.h"
-#include "sweep/sweeps.h"
+#include "sweep/linear_ops.h"
 #include "sweep/tile_steps.h"
 #include "target_values.h"
 
@@ -67,51 +63,8 @@ const Device& this_device() {
   return gpu;
 }
 
-ForwardTuple linear_margin_forward_cuda(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TORCHMARGIN_FORWARD_REQUEST_PARAMETERS) {
-  constexpr std::string_view op = "_linear_margin_forward";
-  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
-  const ForwardRequest request{TORCHMARGIN_FORWARD_REQUEST_ARGUMENTS};
-  check_request(op, problem, request);
-  const c10::cuda::CUDAGuard guard(input.device());
-  if (ignore_index.has_value()) {
-    assert_target_values(target, weight.size(0), *ignore_index);
-  }
-  return to_tuple(sweep_forward(problem, request, this_device()));
-}
-
-BackwardTuple linear_margin_backward_cuda(
-    TORCHMARGIN_PACKED_LINEAR_PARAMETERS,
-    TORCHMARGIN_BACKWARD_REQUEST_PARAMETERS) {
-  constexpr std::string_view op = "_linear_margin_backward";
-  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
-  const BackwardRequest request{TORCHMARGIN_BACKWARD_REQUEST_ARGUMENTS};
-  check_request(op, problem, request);
-  const c10::cuda::CUDAGuard guard(input.device());
-  return to_tuple(sweep_backward(problem, request, this_device()));
-}
-
-LogitsTuple margin_logits_forward_cuda(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
-  const LinearProblem problem = make_linear_problem("_margin_logits_forward", TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
-  const c10::cuda::CUDAGuard guard(input.device());
-  return to_tuple(sweep_logits(problem, this_device()));
-}
-
-BackwardTuple margin_logits_backward_cuda(
-    TORCHMARGIN_PACKED_LINEAR_PARAMETERS,
-    TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS) {
-  constexpr std::string_view op = "_margin_logits_backward";
-  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
-  const LogitsBackwardRequest request{TORCHMARGIN_LOGITS_BACKWARD_REQUEST_ARGUMENTS};
-  check_request(op, problem, request);
-  const c10::cuda::CUDAGuard guard(input.device());
-  return to_tuple(sweep_logits_backward(problem, request, this_device()));
-}
-
 TORCH_LIBRARY_IMPL(torchmargin, CUDA, library) {
-  library.impl("_linear_margin_forward", linear_margin_forward_cuda);
-  library.impl("_linear_margin_backward", linear_margin_backward_cuda);
-  library.impl("_margin_logits_forward", margin_logits_forward_cuda);
-  library.impl("_margin_logits_backward", margin_logits_backward_cuda);
+  LinearOps<OnCuda, this_device>::add_to(library);
 }
 
 } // namespace

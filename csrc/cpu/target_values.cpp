@@ -4,7 +4,7 @@
 
 namespace torchmargin::cpu {
 
-void check_target_values(std::string_view op, const at::Tensor& target, int64_t classes, int64_t ignore_index) {
+void OnCpu::check_target_values(std::string_view op, const at::Tensor& target, int64_t classes, int64_t ignore_index) {
   const at::Tensor contiguous = target.contiguous();
   const int64_t* const values = contiguous.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < contiguous.numel(); ++i) {

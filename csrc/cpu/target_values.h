@@ -1,4 +1,4 @@
-// The check of the targets' values where absent targets are not allowed.
+// The CPU as the private ops see it (sweep/linear_ops.h), beside the sweep.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,7 +7,12 @@
 
 namespace torchmargin::cpu {
 
-// Only ignore_index may lie outside [0, classes); IndexError otherwise.
-void check_target_values(std::string_view op, const at::Tensor& target, int64_t classes, int64_t ignore_index);
+struct OnCpu {
+  struct Guard {
+    explicit Guard(const at::Device& /*device*/) {}
+  };
+  // Only ignore_index may lie outside [0, classes); IndexError otherwise.
+  static void check_target_values(std::string_view op, const at::Tensor& target, int64_t classes, int64_t ignore_index);
+};
 
 } // namespace torchmargin::cpu
