@@ -39,18 +39,17 @@ double last_rounding(T value) {
 
 // Each is rounded to its type at last. NaN is near NaN, an infinity near itself, and what has no bound is the same.
 template <typename Got, typename Expected>
-void expect_within(Got got, Expected expected, double bound, const char* what, size_t place = 0) {
+bool expect_within(Got got, Expected expected, double bound, const char* what, size_t place = 0) {
   const double a = static_cast<double>(got);
   const double b = static_cast<double>(expected);
-  if (std::isnan(b)) {
-    EXPECT_TRUE(std::isnan(a)) << what << " at " << place;
-  } else if (a != b) {
-    EXPECT_LE(std::fabs(a - b), bound + last_rounding(got) + last_rounding(expected))
-        << what << " at " << place << ": " << a << " and " << b;
-  }
+  const double most = bound + last_rounding(got) + last_rounding(expected);
+  const bool within =
+      std::isnan(b) ? std::isnan(a) : a == b || (std::isfinite(a) && std::isfinite(b) && std::fabs(a - b) <= most);
+  EXPECT_TRUE(within) << what << " at " << place << ": " << a << " and " << b << " are further apart than " << most;
+  return within;
 }
 
-// bound(k): of the k-th.
+// bound(k): of the k-th. Ends at the first that is not.
 template <typename Got, typename Expected, typename Bound>
 void expect_all_within(
     const std::vector<Got>& got,
@@ -58,8 +57,9 @@ void expect_all_within(
     const Bound& bound,
     const char* what) {
   ASSERT_EQ(got.size(), expected.size());
-  for (size_t k = 0; k < got.size(); ++k) {
-    expect_within(got[k], expected[k], bound(static_cast<int64_t>(k)), what, k);
+  bool within = true;
+  for (size_t k = 0; within && k < got.size(); ++k) {
+    within = expect_within(got[k], expected[k], bound(static_cast<int64_t>(k)), what, k);
   }
 }
 
