@@ -198,7 +198,7 @@ void MarginLossBase::load_tensors(torch::serialize::InputArchive& archive) {
   read_numbers(numbers);
 }
 
-MarginLossBase::Tensors MarginLossBase::wide_buffers() const {
+MarginLossBase::Tensors MarginLossBase::buffers_before_cast() const {
   Tensors tensors;
   for (const auto& buffer : module().named_buffers(/*recurse=*/false)) {
     tensors.emplace_back(buffer.value(), buffer.value().detach());
@@ -206,12 +206,10 @@ MarginLossBase::Tensors MarginLossBase::wide_buffers() const {
   return tensors;
 }
 
-void MarginLossBase::widen_again(const Tensors& buffers) {
+void MarginLossBase::restore_dtypes(const Tensors& buffers) {
   for (const auto& [buffer, before] : buffers) {
-    const torch::Dtype own = before.scalar_type();
-    const torch::Dtype dtype = before.is_floating_point() ? c10::promoteTypes(own, buffer.scalar_type()) : own;
-    if (buffer.scalar_type() != dtype) {
-      torch::Tensor(buffer).set_data(before.to(buffer.device(), dtype));
+    if (buffer.scalar_type() != before.scalar_type()) {
+      torch::Tensor(buffer).set_data(before.to(buffer.device()));
     }
   }
 }

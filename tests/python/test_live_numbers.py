@@ -284,15 +284,14 @@ def test_a_schedule_neither_recompiles_nor_freezes(name):
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_no_cast_narrows_a_buffer(name):
+def test_no_cast_changes_a_buffer(name):
     loss = getattr(torchmargin, name)(D, C, **NUMBERS[name])
     before = {key: (buffer.dtype, buffer.clone()) for key, buffer in loss.named_buffers()}
-    for cast in (torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.float, lambda m: m.to(torch.float16)):
+    module = torch.nn.Module
+    for cast in (module.half, module.bfloat16, module.float, module.double, lambda m: m.to(torch.float16)):
         cast(torch.nn.Sequential(loss))
         assert {key: buffer.dtype for key, buffer in loss.named_buffers()} == {k: d for k, (d, _) in before.items()}
         assert all(torch.equal(buffer, before[key][1]) for key, buffer in loss.named_buffers())
-    loss.double()
-    assert all(buffer.dtype in (torch.float64, torch.int64) for buffer in loss.buffers())
 
 
 def test_statistics_move_in_a_bfloat16_module():

@@ -99,8 +99,8 @@ class TORCHMARGIN_API MarginLossBase {
   void print(std::ostream& stream) const;
   void load_tensors(torch::serialize::InputArchive& archive);
   using Tensors = std::vector<std::pair<torch::Tensor, torch::Tensor>>;
-  Tensors wide_buffers() const;
-  static void widen_again(const Tensors& buffers);
+  Tensors buffers_before_cast() const;
+  static void restore_dtypes(const Tensors& buffers);
 
  private:
   class Step;
@@ -118,7 +118,7 @@ class TORCHMARGIN_API MarginLossBase {
 /// options and inputs throw c10::Error, a label outside [0, C) that is not ignore_index c10::IndexError.
 ///
 /// Options are live: a change takes effect at the next call, is saved with the weight, and comes back with it. Casts
-/// (`to`) never make a buffer narrower.
+/// (`to`) leave buffers in their dtypes.
 template <typename Derived>
 class TORCHMARGIN_API MarginLossImpl : public torch::nn::Cloneable<Derived>, public MarginLossBase {
  public:
@@ -160,14 +160,14 @@ class TORCHMARGIN_API MarginLossImpl : public torch::nn::Cloneable<Derived>, pub
 
   using torch::nn::Module::to;
   void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override {
-    const Tensors buffers = wide_buffers();
+    const Tensors buffers = buffers_before_cast();
     torch::nn::Module::to(device, dtype, non_blocking);
-    widen_again(buffers);
+    restore_dtypes(buffers);
   }
   void to(torch::Dtype dtype, bool non_blocking = false) override {
-    const Tensors buffers = wide_buffers();
+    const Tensors buffers = buffers_before_cast();
     torch::nn::Module::to(dtype, non_blocking);
-    widen_again(buffers);
+    restore_dtypes(buffers);
   }
 
  protected:

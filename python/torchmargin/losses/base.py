@@ -494,14 +494,17 @@ class MarginLoss(nn.Module):
                 self._buffers[name] = value.clone().to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """No cast narrows a buffer: numbers stay float64, statistics keep the digits that small steps need."""
+        """No cast changes a buffer: numbers stay float64, statistics keep the digits that small steps need.
+
+        NB: nor is one widened. torch 2.11's compiled graphs lose what is written to a 0-dim float64 buffer on the CPU.
+        """
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         for name, old in before.items():
             new = self._buffers[name]
             if old is None or new is None:
                 continue
-            if new.is_floating_point() and new.element_size() < old.element_size():
+            if new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         leaves_meta = any(buffer is not None and buffer.is_meta for buffer in before.values())
         if leaves_meta and self.weight.device.type != "meta":  # to_empty: what is in the buffers now is chance
