@@ -1,12 +1,11 @@
-// A stand-in for a GPU in tests: kernels compile as C++ and every CUDA thread is a std::thread, a
-// block at a time. Barriers, shuffles and shared memory behave as on the device (shared memory starts as
-// garbage, each array in an allocation of its own size), so that the sanitizers see a missing barrier
-// or an overrun. It knows nothing of tensor cores, streams or timing.
+// A stand-in for a GPU in tests: kernels compile as C++ and every CUDA thread is a fiber (a std::thread under
+// ThreadSanitizer), a block at a time. Barriers, shuffles and shared memory behave as on the device (shared memory
+// starts as garbage, each array in an allocation of its own size), so that results and the sanitizers see a missing
+// barrier or an overrun. It knows nothing of tensor cores, streams or timing.
 #pragma once
 
 #include <math.h> // the global names that device code uses
 
-#include <barrier>
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
@@ -14,8 +13,13 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <thread>
 #include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#include "threads.h"
+#else
+#include "fibers.h"
+#endif
 
 #define __global__
 #define __device__
@@ -34,7 +38,7 @@ constexpr unsigned kWarp = 32;
 struct Block {
   explicit Block(unsigned threads) : barrier(threads) {
     for (unsigned warp = 0; warp < threads / kWarp; ++warp) {
-      warps.push_back(std::make_unique<std::barrier<>>(kWarp));
+      warps.push_back(std::make_unique<Barrier>(kWarp));
     }
     slots.resize(threads);
   }
@@ -48,8 +52,8 @@ struct Block {
     return arrays[index].get();
   }
 
-  std::barrier<> barrier;
-  std::vector<std::unique_ptr<std::barrier<>>> warps;
+  Barrier barrier;
+  std::vector<std::unique_ptr<Barrier>> warps;
   std::vector<double> slots; // for shuffles, one a thread
   std::mutex mutex;
   std::vector<std::unique_ptr<std::byte[]>> arrays;
@@ -67,8 +71,21 @@ inline thread_local size_t next_array = 0;
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+namespace device_on_host {
+
+// What a thread has of its own is its own again behind the barrier, also where all threads are one.
+inline void wait_at(Barrier& barrier) {
+  const dim3 own_index = threadIdx;
+  const size_t own_array = next_array;
+  barrier.arrive_and_wait();
+  threadIdx = own_index;
+  next_array = own_array;
+}
+
+} // namespace device_on_host
+
 inline void __syncthreads() {
-  device_on_host::block->barrier.arrive_and_wait();
+  device_on_host::wait_at(device_on_host::block->barrier);
 }
 
 inline double __shfl_xor_sync(unsigned mask, double value, int offset) {
@@ -77,11 +94,11 @@ inline double __shfl_xor_sync(unsigned mask, double value, int offset) {
     host::fail("a shuffle with lanes left out");
   }
   const unsigned thread = threadIdx.x;
-  std::barrier<>& warp = *host::block->warps[thread / host::kWarp];
+  host::Barrier& warp = *host::block->warps[thread / host::kWarp];
   host::block->slots[thread] = value;
-  warp.arrive_and_wait();
+  host::wait_at(warp);
   const double other = host::block->slots[thread ^ static_cast<unsigned>(offset)];
-  warp.arrive_and_wait();
+  host::wait_at(warp);
   return other;
 }
 
@@ -100,25 +117,19 @@ inline void launch(dim3 grid, dim3 threads, const std::function<void()>& body) {
   for (unsigned i = 0; i < grid.x * grid.y; ++i) {
     blocks.push_back(std::make_unique<Block>(threads.x));
   }
-  std::barrier<> together(threads.x); // one block at a time
-  std::vector<std::thread> running;
-  for (unsigned thread = 0; thread < threads.x; ++thread) {
-    running.emplace_back([&, thread] {
+  Barrier together(threads.x); // one block at a time
+  run_all(threads.x, [&](unsigned thread) {
+    for (unsigned i = 0; i < blocks.size(); ++i) {
       threadIdx = dim3(thread, 0, 0);
       blockDim = threads;
       gridDim = grid;
-      for (unsigned i = 0; i < blocks.size(); ++i) {
-        blockIdx = dim3(i % grid.x, i / grid.x, 0);
-        block = blocks[i].get();
-        next_array = 0;
-        body();
-        together.arrive_and_wait();
-      }
-    });
-  }
-  for (std::thread& thread : running) {
-    thread.join();
-  }
+      blockIdx = dim3(i % grid.x, i / grid.x, 0);
+      block = blocks[i].get();
+      next_array = 0;
+      body();
+      together.arrive_and_wait();
+    }
+  });
 }
 
 } // namespace device_on_host
