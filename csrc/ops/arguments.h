@@ -36,6 +36,11 @@
 #define TORCHMARGIN_LINEAR_ARGUMENTS \
   input, weight, target, bias, TORCHMARGIN_MARGINS_ARGUMENTS, normalize_input, normalize_weight, compute_dtype
 
+// The linear forward of one block of classes among others: see linear.cpp.
+#define TORCHMARGIN_PARTIALS_SCHEMA ", bool with_logit_sum=True, bool with_plain_logit=False, int calls=1"
+#define TORCHMARGIN_PARTIALS_PARAMETERS bool with_logit_sum, bool with_plain_logit, int64_t calls
+#define TORCHMARGIN_PARTIALS_ARGUMENTS with_logit_sum, with_plain_logit, calls
+
 // ---- the ops on given cosines -------------------------------------------------------------
 #define TORCHMARGIN_COSINE_SCHEMA "Tensor cosine, Tensor target, *, " TORCHMARGIN_MARGINS_SCHEMA
 #define TORCHMARGIN_COSINE_PARAMETERS const at::Tensor &cosine, const at::Tensor &target, TORCHMARGIN_MARGINS_PARAMETERS

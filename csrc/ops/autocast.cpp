@@ -8,6 +8,7 @@
 
 #include "ops/arguments.h"
 #include "ops/find_op.h"
+#include "ops/problem.h"
 
 namespace torchmargin {
 namespace {
@@ -68,6 +69,12 @@ LossTuple linear_margin_cross_entropy_statistics_autocast(TORCHMARGIN_LINEAR_PAR
   return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS);
 }
 
+PartialsTuple linear_margin_partials_autocast(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_PARTIALS_PARAMETERS) {
+  static const auto op = find_op<PartialsTuple(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_PARTIALS_PARAMETERS)>(
+      "torchmargin::_linear_margin_partials");
+  return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_PARTIALS_ARGUMENTS);
+}
+
 at::Tensor margin_logits_autocast(
     const at::Tensor& input,
     const at::Tensor& weight,
@@ -99,6 +106,7 @@ void register_kernels(torch::Library& library) {
   library.impl("linear_margin_cross_entropy", linear_margin_cross_entropy_autocast);
   library.impl("_linear_margin_cross_entropy_statistics", linear_margin_cross_entropy_statistics_autocast);
   library.impl("margin_logits", margin_logits_autocast);
+  library.impl("_linear_margin_partials", linear_margin_partials_autocast);
   library.impl("margin_cross_entropy", margin_cross_entropy_autocast);
   library.impl("margin_transform", margin_transform_autocast);
 }

@@ -159,6 +159,15 @@ CosineResult results_of(const at::Tensor& logits, const at::Tensor& own, const a
 } // namespace
 
 ForwardResult linear_formula(const LinearProblem& p, bool mark_seam) {
+  if (p.weight.sym_size(0) == 0) { // a sum over no feature: zeros that are part of the graph
+    ForwardResult nothing;
+    nothing.target_logit = p.input.narrow(1, 0, 0).sum(1, /*keepdim=*/false, at::kDouble);
+    nothing.other_lse = nothing.target_logit - std::numeric_limits<double>::infinity();
+    nothing.logit_sum = nothing.target_logit;
+    nothing.target_angle = nothing.target_logit.detach().to(p.acc());
+    nothing.max_other_logit = nothing.other_lse.detach().to(p.acc());
+    return nothing;
+  }
   const TargetFormula target = target_formula(p, mark_seam);
   const at::Tensor logits = plain_logits(p);
   const at::Tensor own = own_class(logits, p.target);

@@ -16,13 +16,14 @@ namespace {
 
 // How many leading classes' products the forward should keep: none where no backward
 // will come or where the sizes are symbolic (the plan must not guard on them).
-int64_t choose_kept_classes(const LinearProblem& problem) {
+// `calls`: this many forwards hold what they keep at the same time.
+int64_t choose_kept_classes(const LinearProblem& problem, int64_t calls = 1) {
   const bool backward_will_come =
       wants_gradient(problem.input) || wants_gradient(problem.weight) || wants_gradient(problem.bias);
   const auto rows = problem.input.sym_size(0).maybe_as_int();
   const auto features = problem.input.sym_size(1).maybe_as_int();
   const auto classes = problem.weight.sym_size(0).maybe_as_int();
-  if (!backward_will_come || !rows || !features || !classes) {
+  if (!backward_will_come || !rows || !features || !classes || *classes == 0) {
     return 0;
   }
   const at::Tensor& weight = problem.weight;
@@ -32,7 +33,8 @@ int64_t choose_kept_classes(const LinearProblem& problem) {
        .classes = *classes,
        .dtype = weight.scalar_type(),
        .compute_dtype = problem.compute_dtype,
-       .weight_in_rows = has_contiguous_rows(weight)},
+       .weight_in_rows = has_contiguous_rows(weight),
+       .calls = calls},
       traits_of(weight.device().type()), weight.device().type());
   return plan.chunks.kept_classes;
 }
@@ -57,6 +59,7 @@ struct Loss {
 Loss linear_loss(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
   constexpr std::string_view op = "linear_margin_cross_entropy";
   const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_LINEAR_ARGUMENTS);
+  refuse_no_classes(op, problem);
   const CrossEntropyOptions options = make_cross_entropy_options(op, label_smoothing, ignore_index, reduction);
   const ForwardResult result = call_linear_forward(
       problem,
@@ -73,13 +76,12 @@ at::Tensor linear_margin_cross_entropy(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGI
   return linear_loss(TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS).value;
 }
 
-// Each row's logit of its own class without the margin, [B] acc; any number for an ignored row.
-at::Tensor plain_target_logit(const Loss& loss, const at::Tensor& valid) {
-  const LinearProblem& problem = loss.problem;
+// Each row's logit of its own class without the margin, [B] acc; any number where `valid` is false.
+at::Tensor plain_target_logit(const LinearProblem& problem, const at::Tensor& angle, const at::Tensor& valid) {
   const auto norms = [&](const at::Tensor& rows) {
     return at::linalg_vector_norm(rows, 2, /*dim=*/at::IntArrayRef{1}, /*keepdim=*/false, problem.acc());
   };
-  at::Tensor logit = problem.margins.parameters.scale * loss.result.target_angle.cos();
+  at::Tensor logit = problem.margins.parameters.scale * angle.cos();
   const at::Tensor target = at::where(valid, problem.target, at::zeros({}, problem.target.options()));
   if (!problem.normalize_input) {
     logit = logit * norms(problem.input);
@@ -100,8 +102,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_margin_cross_e
   const at::Tensor count = valid.sum();
   const at::Tensor zero = at::zeros({}, loss.result.target_angle.options());
   const auto mean = [&](const at::Tensor& rows) { return at::where(valid, rows, zero).sum() / count; };
-  const at::Tensor right = plain_target_logit(loss, valid).gt(loss.result.max_other_logit).to(zero.scalar_type());
+  const at::Tensor right = plain_target_logit(loss.problem, loss.result.target_angle, valid)
+                               .gt(loss.result.max_other_logit)
+                               .to(zero.scalar_type());
   return {loss.value, mean(loss.result.target_angle), mean(right), mean(loss.result.max_other_logit)};
+}
+
+// What one block of classes among others (of this rank's or of other ranks') finds for every row; a row's own class may
+// be in another block. `calls`: the forwards whose backward will come, this one among them.
+PartialsTuple linear_margin_partials(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_PARTIALS_PARAMETERS) {
+  constexpr std::string_view op = "_linear_margin_partials";
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_LINEAR_ARGUMENTS);
+  TORCH_CHECK(calls > 0, op, ": expected calls to be positive, but got ", calls);
+  const ForwardResult r = call_linear_forward(
+      problem,
+      {.ignore_index = std::nullopt,
+       .with_logit_sum = with_logit_sum,
+       .kept_classes = choose_kept_classes(problem, calls)});
+  at::Tensor plain_logit = at::zeros_like(r.target_angle);
+  if (with_plain_logit && weight.sym_size(0) > 0) {
+    const at::NoGradGuard no_grad;
+    const at::Tensor present = target.ge(0).logical_and(target.lt(weight.sym_size(0)));
+    plain_logit = at::where(present, plain_target_logit(problem, r.target_angle, present), plain_logit);
+  }
+  return {r.other_lse, r.target_logit, r.logit_sum, r.target_angle, r.max_other_logit, plain_logit};
 }
 
 at::Tensor margin_logits(
@@ -113,13 +137,16 @@ at::Tensor margin_logits(
   const at::Tensor target = given_target.has_value() && given_target->defined()
       ? *given_target
       : at::full_symint({input.dim() > 0 ? input.sym_size(0) : 0}, -1, input.options().dtype(at::kLong));
-  return call_logits_forward(make_linear_problem("margin_logits", TORCHMARGIN_LINEAR_ARGUMENTS)).logits;
+  const LinearProblem problem = make_linear_problem("margin_logits", TORCHMARGIN_LINEAR_ARGUMENTS);
+  refuse_no_classes("margin_logits", problem);
+  return call_logits_forward(problem).logits;
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, CompositeImplicitAutograd, library) {
   library.impl("linear_margin_lse", linear_margin_lse);
   library.impl("linear_margin_cross_entropy", linear_margin_cross_entropy);
   library.impl("margin_logits", margin_logits);
+  library.impl("_linear_margin_partials", linear_margin_partials);
   library.impl("_linear_margin_cross_entropy_statistics", linear_margin_cross_entropy_statistics);
 }
 

@@ -18,8 +18,6 @@ void check_matrices(std::string_view op, const at::Tensor& input, const at::Tens
       weight.dim() == 2 && weight.sym_size(1) == input.sym_size(1), op, ": expected weight to have shape [C, ",
       input.sym_size(1), "], but got ", weight.sym_sizes(), ", for input of shape ", input.sym_sizes(),
       ": both have D features");
-  TORCH_CHECK(
-      weight.sym_size(0) > 0, op, ": expected weight to hold at least one class, but got shape ", weight.sym_sizes());
   TORCH_CHECK(input.sym_size(1) > 0, op, ": expected at least one feature, but got input of shape ", input.sym_sizes());
 }
 
@@ -80,6 +78,12 @@ LinearProblem make_linear_problem(std::string_view op, TORCHMARGIN_PACKED_LINEAR
   const LinearProblem problem = unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
   check(op, problem);
   return problem;
+}
+
+void refuse_no_classes(std::string_view op, const LinearProblem& problem) {
+  TORCH_CHECK(
+      problem.weight.sym_size(0) > 0, op, ": expected weight to hold at least one class, but got shape ",
+      problem.weight.sym_sizes());
 }
 
 LinearProblem unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {

@@ -39,6 +39,8 @@ struct LinearProblem {
 // Checks every argument and packs them; errors name `op`.
 LinearProblem make_linear_problem(std::string_view op, TORCHMARGIN_LINEAR_PARAMETERS);
 LinearProblem make_linear_problem(std::string_view op, TORCHMARGIN_PACKED_LINEAR_PARAMETERS);
+// linear_margin_lse takes a weight without classes (a shard that holds none); what makes losses or logits does not.
+void refuse_no_classes(std::string_view op, const LinearProblem& problem);
 // Of arguments that have been checked, or will be.
 LinearProblem unpack_linear_problem(TORCHMARGIN_PACKED_LINEAR_PARAMETERS);
 std::vector<double> numbers_of(const LinearProblem& problem);
@@ -117,6 +119,9 @@ using ForwardTuple = std::tuple<
     at::Tensor,
     at::Tensor,
     at::Tensor>;
+// other_lse, target_logit, logit_sum (float64, differentiable), target_angle, max_other_logit, and the target's logit
+// without its margin (acc).
+using PartialsTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using BackwardTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using LogitsTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 ForwardTuple to_tuple(const ForwardResult& result);

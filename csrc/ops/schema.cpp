@@ -17,6 +17,10 @@ TORCH_LIBRARY(torchmargin, library) {
   // Private: the loss with what the modules report of a batch, 0-dim each.
   library.def("_linear_margin_cross_entropy_statistics(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_LOSS_SCHEMA
               ") -> (Tensor loss, Tensor target_angle, Tensor accuracy, Tensor hardest_negative_logit)");
+  // Private: one block of classes among others. See ops/linear.cpp.
+  library.def("_linear_margin_partials(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_PARTIALS_SCHEMA
+              ") -> (Tensor other_lse, Tensor target_logit, Tensor logit_sum, Tensor target_angle, "
+              "Tensor max_other_logit, Tensor plain_target_logit)");
   // Private: the loss from the forward's results. See ops/cross_entropy.cpp.
   library.def("_margin_loss(" TORCHMARGIN_LOSS_OP_SCHEMA ") -> Tensor");
   library.def("_margin_loss_backward(" TORCHMARGIN_LOSS_BACKWARD_OP_SCHEMA

@@ -103,7 +103,8 @@ inline int64_t choose_input_splits(const SweepSizes& sizes, const ChunkPlan& pla
   return std::clamp<int64_t>(std::min(wanted, plan.class_chunk / kSmallestSplit), 1, kMostSplits);
 }
 
-inline ChunkPlan choose_chunk_plan(const SweepSizes& sizes, int64_t workspace_limit) {
+// `calls` of this plan share the limit for what they keep: their scratch comes and goes.
+inline ChunkPlan choose_chunk_plan(const SweepSizes& sizes, int64_t workspace_limit, int64_t calls = 1) {
   ChunkPlan largest;
   const int64_t rows = std::min(sizes.preferred.elements / sizes.classes, sizes.preferred.most_rows);
   largest.row_tile = std::clamp<int64_t>(sizes.rows, 1, std::max(rows, sizes.preferred.rows));
@@ -130,7 +131,7 @@ inline ChunkPlan choose_chunk_plan(const SweepSizes& sizes, int64_t workspace_li
   plan.scratch_bytes = scratch_bytes(sizes, plan);
   plan.fits = plan.scratch_bytes <= workspace_limit;
   if (plan.fits && sizes.rows > 0) {
-    const int64_t spare = (workspace_limit - plan.scratch_bytes) / (sizes.rows * sizes.acc_bytes);
+    const int64_t spare = (workspace_limit - plan.scratch_bytes) / (calls * sizes.rows * sizes.acc_bytes);
     const int64_t some = std::min(spare, sizes.classes - 1);
     plan.kept_classes =
         spare >= kept_columns(sizes.classes, sizes.classes) ? sizes.classes : some - some % plan.class_chunk;

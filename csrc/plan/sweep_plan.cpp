@@ -22,7 +22,7 @@ SweepPlan make_sweep_plan(const PlanRequest& request, const DeviceTraits& device
       .threads = device.lanes && !at::in_parallel_region() ? at::get_num_threads() : 1,
       .preferred = device.tile};
   plan.limit = workspace_limit(limit_of);
-  plan.chunks = choose_chunk_plan(plan.sizes, plan.limit);
+  plan.chunks = choose_chunk_plan(plan.sizes, plan.limit, request.calls);
   return plan;
 }
 

@@ -22,6 +22,7 @@ struct PlanRequest {
   std::optional<c10::ScalarType> compute_dtype; // as the ops take it
   bool weight_in_rows = true; // the features of a class are contiguous
   bool wide = false; // products are made in acc, whatever is allowed
+  int64_t calls = 1; // that hold what they keep at the same time
 };
 
 struct SweepPlan {

@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -22,9 +23,25 @@ BackwardRequest contiguous(BackwardRequest request) {
   return request;
 }
 
+// Zeros: results of a weight without classes depend on nothing.
+Gradients no_classes(const LinearProblem& problem, const std::array<bool, 5>& wanted) {
+  const std::array<std::optional<at::Tensor>, 5> inputs{
+      problem.input, problem.weight, problem.bias, problem.margins.sample_m2, problem.margins.sample_m3};
+  Gradients gradients;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    gradients[i] = wanted[i] && inputs[i].has_value()
+        ? at::zeros(inputs[i]->sizes(), inputs[i]->options().requires_grad(false))
+        : at::empty({0}, problem.input.options().requires_grad(false));
+  }
+  return gradients;
+}
+
 } // namespace
 
 Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& given, const Device& device) {
+  if (problem.weight.size(0) == 0) {
+    return no_classes(problem, given.wanted);
+  }
   const BackwardRequest request = contiguous(given);
   const ForwardRecord& record = request.record;
   const ClassLoop loop(problem, device, Operands::as_allowed, record.weight_scale);

@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "sweep/class_loop.h"
@@ -49,9 +50,34 @@ class LaneSums {
   int64_t size_;
 };
 
+// Of a weight without classes: what merges with other shards and changes nothing.
+ForwardResult no_classes(const LinearProblem& problem, const ForwardRequest& request) {
+  const int64_t rows = problem.input.size(0);
+  const auto options = problem.input.options().dtype(problem.acc()).requires_grad(false);
+  const auto wide = options.dtype(at::kDouble);
+  constexpr double kNothing = -std::numeric_limits<double>::infinity();
+  ForwardResult result;
+  result.other_lse = at::full({rows}, kNothing, wide);
+  result.target_logit = at::zeros({rows}, wide);
+  result.logit_sum = at::zeros({rows}, wide);
+  result.target_angle = at::zeros({rows}, options);
+  result.max_other_logit = at::full({rows}, kNothing, options);
+  result.record = {
+      .kept = at::empty({rows, 0}, options),
+      .inverse_norms = at::empty({0}, options),
+      .weight_sum = at::zeros({request.with_logit_sum ? problem.input.size(1) : 0}, wide),
+      .row_state = request.row_state.has_value() ? request.row_state->clone(at::MemoryFormat::Contiguous)
+                                                 : at::zeros({rows, kRowStateSize}, wide),
+      .weight_scale = at::ones({problem.normalize_weight ? 0 : 1}, wide)};
+  return result;
+}
+
 } // namespace
 
 ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& request, const Device& device) {
+  if (problem.weight.size(0) == 0) {
+    return no_classes(problem, request);
+  }
   const ClassLoop loop(problem, device);
   const SweepSizes& sizes = loop.sizes();
   const int64_t lane_count = loop.plan().lanes;

@@ -33,6 +33,7 @@ void scale_products(
 } // namespace
 
 LogitsResult sweep_logits(const LinearProblem& problem, const Device& device) {
+  refuse_no_classes("_margin_logits_forward", problem);
   const ClassLoop loop(problem, device);
   const SweepSizes& sizes = loop.sizes();
   LogitsResult result;
@@ -70,6 +71,7 @@ LogitsResult sweep_logits(const LinearProblem& problem, const Device& device) {
 
 Gradients
 sweep_logits_backward(const LinearProblem& problem, const LogitsBackwardRequest& request, const Device& device) {
+  refuse_no_classes("_margin_logits_backward", problem);
   // Gradients may have any range, so they are multiplied in acc.
   const ClassLoop loop(problem, device, Operands::wide);
   const at::Tensor inverse_norms = request.inverse_norms.contiguous();

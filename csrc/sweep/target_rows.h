@@ -148,9 +148,12 @@ TORCHMARGIN_HOST_DEVICE void finish_target_row(const TargetRowsArgs& args, int64
 
 template <typename Scalar, typename T, typename Team>
 TORCHMARGIN_HOST_DEVICE void target_row(const TargetRowsArgs& args, int64_t i, const Team& team) {
-  const RowState state = args.measured ? args.state[i] : measure_row<Scalar>(args.context, i, team);
-  if (team.rank == 0) {
-    finish_target_row<T>(args, i, state);
+  RowState state{};
+  if (!args.measured) {
+    state = measure_row<Scalar>(args.context, i, team);
+  }
+  if (team.rank == 0) { // NB: who reads a given state is who writes it
+    finish_target_row<T>(args, i, args.measured ? args.state[i] : state);
   }
 }
 

@@ -78,7 +78,8 @@ def linear_margin_lse(
 
     A target outside [0, C) is absent from this weight: target_logit and target_angle are 0 and
     the other results count all C classes. Shards of the classes therefore merge as logsumexp of
-    other_lse, sums of target_logit and logit_sum, and the maximum of max_other_logit.
+    other_lse, sums of target_logit and logit_sum, and the maximum of max_other_logit. A weight may hold no
+    class: other_lse and max_other_logit are -inf then and the others 0. Over ranks: torchmargin.distributed.
 
     The first three results are differentiable to input, weight, bias, sample_m2 and sample_m3.
     Raises RuntimeError for bad arguments, before any work.

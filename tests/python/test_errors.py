@@ -103,6 +103,8 @@ BAD = {
 def test_bad_arguments(case, op, mode):
     change, text = BAD[case]
     arguments = {**_good(), **change}
+    if case == "no classes" and (op == LSE or mode == "private"):
+        pytest.skip("a shard of the classes may hold none")
     if mode == "private":
         if case in ("extension", "margin_gradient", "sparse weight") or case.endswith("none"):
             pytest.skip("a private op has numbers for them, no None, and no kernel for a sparse tensor")

@@ -9,7 +9,7 @@ import torchmargin
 import torchmargin.functional as F
 from torchmargin import reference
 
-from conftest import WORKSPACES, gradients, problem
+from conftest import WORKSPACES, gradients, packed, problem
 from rounding import LinearRounding, assert_within
 
 ARCFACE = {"scale": 64.0, "m2": 0.5, "extension": "linear"}
@@ -261,11 +261,11 @@ def test_only_wanted_gradients_are_made():
     assert not F.linear_margin_cross_entropy(x.detach(), w.detach(), y, **ARCFACE).requires_grad
 
 
-def _peak_beyond_results(limit, classes):
+def _peak_beyond_results(limit, classes, rows=256):
     """torch's own allocations during forward and backward, beyond inputs and gradients."""
-    x = torch.randn(256, 64).requires_grad_()
+    x = torch.randn(rows, 64).requires_grad_()
     w = torch.randn(classes, 64).requires_grad_()
-    y = torch.randint(0, classes, (256,))
+    y = torch.randint(0, classes, (rows,))
     with torchmargin.workspace_limit(limit):
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
@@ -287,6 +287,17 @@ def test_memory_stays_under_the_limit(limit):
     assert 0 < peak <= limit + 16 * classes + (1 << 16)  # vectors of length C, and of length B
 
 
+def test_memory_of_many_rows_stays_under_the_limit():
+    """Their operands, 4 MiB here where two lanes share them, are workspace too."""
+    rows, classes, limit, threads = 8192, 2000, 12 << 20, torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        peak = _peak_beyond_results(limit, classes, rows)
+    finally:
+        torch.set_num_threads(threads)
+    assert 0 < peak <= limit + 16 * classes + 200 * rows  # vectors of length B: results, state, upstream gradients
+
+
 @pytest.mark.skipif(not torchmargin.config.cuda_architectures(), reason="the library has no CUDA kernels")
 def test_the_plan_of_a_gpu():
     """Plans need no GPU: which operands, how many slices, all under the limit."""
@@ -296,3 +307,84 @@ def test_the_plan_of_a_gpu():
     assert torchmargin.plan(4, 5, 6, torch.bfloat16, "cuda").operand_dtype == torch.bfloat16
     assert torchmargin.plan(4, 5, 6, device="cuda").operand_dtype == torch.float32
     assert torchmargin.plan(4, 5, 6, torch.bfloat16).operand_dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize_weight", [True, False])
+@pytest.mark.parametrize("rows", [9, 0])
+def test_a_shard_without_classes_changes_nothing(dtype, normalize_weight, rows):
+    """What merges as nothing: other_lse and the maximum -inf, the rest 0; gradients 0, of all that has one."""
+    x, _, y, _ = problem(rows)
+    x, w, b = x.detach().to(dtype).requires_grad_(), torch.zeros(0, 6, dtype=dtype).requires_grad_(), None
+    margins = {"sample_m2": torch.ones(rows, dtype=torch.float64).requires_grad_(), "m3": 0.1, "extension": "clip"}
+    for b in (None, torch.zeros(0, dtype=dtype).requires_grad_()):
+        result = F.linear_margin_lse(x, w, y, b, normalize_weight=normalize_weight, **margins)
+        assert [each.shape for each in result] == [(rows,)] * 5
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        assert all(each.dtype == acc for each in result)
+        assert (result.other_lse == -math.inf).all() and (result.max_other_logit == -math.inf).all()
+        assert not result.target_logit.any() and not result.logit_sum.any() and not result.target_angle.any()
+        leaves = [x, w, margins["sample_m2"], *([] if b is None else [b])]
+        found = torch.autograd.grad(
+            [result.other_lse, result.target_logit, result.logit_sum], leaves, [torch.ones(rows, dtype=acc)] * 3
+        )
+        for leaf, gradient in zip(leaves, found):
+            assert gradient.shape == leaf.shape and gradient.dtype == leaf.dtype and not gradient.any()
+
+
+def test_second_derivatives_of_a_shard_without_classes():
+    x, _, y, _ = problem()
+    w = torch.zeros(0, 6, dtype=torch.float64).requires_grad_()
+    total = sum(each.sum() for each in F.linear_margin_lse(x, w, y, **ARCFACE)[1:3])
+    (first,) = torch.autograd.grad(total, x, create_graph=True)
+    (second,) = torch.autograd.grad((first * x).sum(), x)  # the product's other factor alone
+    assert not first.any() and not second.any()
+    tangent = torch.func.jvp(
+        lambda x: F.linear_margin_lse(x, w.detach(), y, **ARCFACE)[0], (x.detach(),), (x.detach(),)
+    )
+    assert (tangent[0] == -math.inf).all() and not tangent[1].any()
+
+
+def test_a_shard_without_classes_as_a_fake_tensor():
+    x, w = torch.zeros(4, 6, device="meta"), torch.zeros(0, 6, device="meta")
+    assert F.linear_margin_lse(x, w, torch.zeros(4, dtype=torch.long, device="meta")).other_lse.shape == (4,)
+
+
+def test_margin_logits_need_a_class():
+    x, _, y, _ = problem()
+    with pytest.raises(RuntimeError, match=r"^margin_logits: expected weight to hold at least one class"):
+        F.margin_logits(x, torch.zeros(0, 6, dtype=torch.float64), y)
+    for op, more in (("_margin_logits_forward", []), ("_margin_logits_backward", None)):
+        arguments = packed(x.detach(), torch.zeros(0, 6, dtype=torch.float64), y)
+        if more is None:
+            state = torch.zeros(9, 4, dtype=torch.float64)
+            more = [torch.zeros(9, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), state, [True] * 5]
+        with pytest.raises(RuntimeError, match=rf"^{op}: expected weight to hold at least one class"):
+            getattr(torch.ops.torchmargin, op)(*arguments, *more)
+
+
+def test_blocks_of_classes_share_the_limit_for_what_they_keep():
+    """Forwards whose backward will come hold what they keep together."""
+    x, w, y, _ = problem(32, 6, 20000)
+    limit = 8 << 20
+    with torchmargin.workspace_limit(limit):
+        kept = []
+        for calls in (1, 4):
+            seen = []
+            with _Kept(seen):
+                torch.ops.torchmargin._linear_margin_partials(x, w, y, calls=calls)
+            kept.append(seen[0])
+    assert kept[0] == 20000 and 0 < kept[1] <= limit // (4 * 32 * 8)
+
+
+class _Kept(torch.utils._python_dispatch.TorchDispatchMode):
+    """How many classes forwards were asked to keep."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.torchmargin._linear_margin_forward.default:
+            self.seen.append(args[10])
+        return func(*args, **(kwargs or {}))

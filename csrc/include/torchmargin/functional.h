@@ -58,7 +58,8 @@ struct TORCHMARGIN_API LinearMarginCrossEntropyFuncOptions {
 };
 
 /// The core op's results, [B] each. A target outside [0, C) is absent from this weight:
-/// target_logit and target_angle are then 0, the other two count all C classes.
+/// target_logit and target_angle are then 0, the other two count all C classes. A weight without classes gives
+/// other_lse and max_other_logit -inf and the others 0.
 struct LinearMarginLse {
   at::Tensor other_lse; ///< log sum exp over j != y of z_ij
   at::Tensor target_logit; ///< with its margin

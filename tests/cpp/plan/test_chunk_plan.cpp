@@ -56,6 +56,18 @@ TEST(ChunkPlan, KeepsEverythingThatFits) {
   EXPECT_LT(large.kept_classes, 1000000);
 }
 
+TEST(ChunkPlan, CallsThatWaitForTheirBackwardShareWhatIsKept) {
+  const SweepSizes sizes = float32(256, 512, 100000);
+  const int64_t alone = choose_chunk_plan(sizes, 256 * kMiB).kept_classes;
+  for (const int64_t calls : {2, 16}) {
+    const ChunkPlan plan = choose_chunk_plan(sizes, 256 * kMiB, calls);
+    EXPECT_LE(plan.kept_classes * calls * sizes.rows * sizes.acc_bytes + plan.scratch_bytes, 256 * kMiB);
+    EXPECT_GT(plan.kept_classes, 0);
+    EXPECT_LE(plan.kept_classes, alone);
+  }
+  EXPECT_LT(choose_chunk_plan(sizes, 256 * kMiB, 16).kept_classes, alone);
+}
+
 TEST(ChunkPlan, FewClassesHaveTilesOfMoreRows) {
   EXPECT_EQ(choose_chunk_plan(float32(4096, 512, 100), 256 * kMiB).row_tile, 1024);
   EXPECT_EQ(choose_chunk_plan(float32(4096, 512, 400), 256 * kMiB).row_tile, 256 * 512 / 400);
