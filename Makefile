@@ -59,7 +59,7 @@ test-python: install ## the Python tests (TESTS="..." some of them)
 
 # The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the Python tests with that library.
 SANITIZED := build/torch-$(TORCH)-asan
-CMAKE_SANITIZED = $(WITH_TOOLS) cmake -G Ninja -S . -DTORCHMARGIN_WERROR=ON -DTORCHMARGIN_BUILD_TESTS=ON -DTORCHMARGIN_CUDA=OFF \
+CMAKE_SANITIZED = $(WITH_TOOLS) cmake -G Ninja -S . -DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG" -DTORCHMARGIN_WERROR=ON -DTORCHMARGIN_BUILD_TESTS=ON -DTORCHMARGIN_CUDA=OFF \
   -DTORCHMARGIN_TORCH_DIR="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["platlib"])')/torch"
 test-asan-cpp: setup ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CMAKE_SANITIZED) -B "$(SANITIZED)" -DTORCHMARGIN_SANITIZE=address,undefined

@@ -24,6 +24,12 @@ set(TORCHMARGIN_OPS_SOURCES
   csrc/ops/recall_state.cpp
   csrc/ops/adaptive_margins.cpp)
 
+# Classes over ranks.
+set(TORCHMARGIN_DISTRIBUTED_SOURCES
+  csrc/distributed/collectives.cpp
+  csrc/distributed/merge.cpp
+  csrc/distributed/class_parallel.cpp)
+
 # Sizes and traits to plans.
 set(TORCHMARGIN_PLAN_SOURCES
   csrc/plan/sweep_plan.cpp
@@ -46,6 +52,7 @@ set(TORCHMARGIN_CPU_SOURCES
   csrc/cpu/linear_cpu.cpp
   csrc/cpu/cosine_cpu.cpp
   csrc/cpu/cross_entropy_cpu.cpp
+  csrc/cpu/labels_cpu.cpp
   csrc/cpu/target_values.cpp)
 
 # What the CPU supplies to the sweep: the kernels in parallel loops,
@@ -67,6 +74,7 @@ set(TORCHMARGIN_ROW_KERNEL_SOURCES
 
 set(TORCHMARGIN_API_SOURCES
   csrc/api/functional.cpp
+  csrc/api/class_parallel.cpp
   csrc/api/loss_options.cpp
   csrc/api/margin_loss.cpp
   csrc/api/modules.cpp
@@ -83,7 +91,8 @@ set(TORCHMARGIN_PYTHON_SOURCES
 # The ops on a GPU (C++), and their kernels (no ATen).
 set(TORCHMARGIN_CUDA_SOURCES
   cuda/linear_cuda.cpp
-  cuda/cosine_cuda.cpp)
+  cuda/cosine_cuda.cpp
+  cuda/labels_cuda.cpp)
 set(TORCHMARGIN_DEVICE_KERNELS
   cuda/kernels/load_rows.cu
   cuda/kernels/accumulate_chunk.cu
@@ -94,7 +103,7 @@ set(TORCHMARGIN_DEVICE_KERNELS
 
 # From any folder of the project.
 foreach(layer
-    GATE_SOURCES OPS_SOURCES PLAN_SOURCES SWEEP_SOURCES CPU_SOURCES CPU_LOOP_SOURCES CPU_KERNEL_SOURCES ROW_KERNEL_DISPATCH
+    GATE_SOURCES OPS_SOURCES DISTRIBUTED_SOURCES PLAN_SOURCES SWEEP_SOURCES CPU_SOURCES CPU_LOOP_SOURCES CPU_KERNEL_SOURCES ROW_KERNEL_DISPATCH
     ROW_KERNEL_SOURCES API_SOURCES INTROSPECTION_SOURCES PYTHON_SOURCES CUDA_SOURCES DEVICE_KERNELS)
   list(TRANSFORM TORCHMARGIN_${layer} PREPEND "${PROJECT_SOURCE_DIR}/")
 endforeach()

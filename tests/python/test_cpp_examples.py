@@ -238,3 +238,43 @@ def test_the_embedder_refuses_what_it_cannot_use(examples, model, tmp_path, argu
     named = {"MODEL": network, "IMAGE": images / "7_0.pgm"}
     status, output = _run(examples / "embedder", *(named.get(a, a) for a in arguments), cwd=tmp_path)
     assert status == 1 and "embedder: " in output and text in output, output
+
+
+RANK = """
+import ctypes, sys
+import torch, torch.distributed as dist
+import torchmargin  # the ops
+
+library, data, store, rank = sys.argv[1:]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
+train = ctypes.CDLL(library).train_class_parallel_digits
+train.restype = ctypes.c_double
+print(train(data.encode(), dist.group.WORLD.group_name.encode(), 4))
+dist.destroy_process_group()
+"""
+
+
+def test_classes_over_ranks_train_in_cpp(examples, tmp_path):
+    """C++ on two gloo ranks; the process groups are made by Python, whose LibTorch has no headers for that."""
+    (library,) = examples.glob("libclass_parallel_digits.*")
+    commands = [[sys.executable, "-c", RANK, library, DATA, tmp_path / "store", rank] for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    first, second = (float(out.split()[-1]) for out, _ in outputs)
+    assert first == second > 0.9  # ten digits; chance is 0.1
+
+
+def test_a_libtorch_that_makes_no_process_group_is_named(examples):
+    status, text = _run(examples / "train_class_parallel")
+    if status != 77:
+        pytest.skip("this LibTorch came with gloo's headers")
+    assert "not run, this LibTorch came without gloo's headers" in text

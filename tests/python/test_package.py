@@ -110,10 +110,11 @@ ARROWS = {
     "csrc/math": {"include"},
     "csrc/plan": {"include"},
     "csrc/ops": {"include", "math", "plan"},
+    "csrc/distributed": {"include", "ops"},
     "csrc/sweep": {"include", "math", "plan", "ops"},
     "csrc/cpu": {"include", "math", "plan", "ops", "sweep"},
     "cuda": {"include", "math", "plan", "ops", "sweep"},
-    "csrc/api": {"include", "ops"},
+    "csrc/api": {"include", "ops", "distributed"},
     "csrc/bindings": {"include", "ops"},
 }
 OWN_NAMES = {"cuda": {"cuda", "kernels", "target_values.h"}}  # how a folder's own files are named by its includes

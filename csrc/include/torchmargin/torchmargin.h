@@ -2,6 +2,7 @@
 /// Everything a LibTorch program needs of torchmargin.
 #pragma once
 
+#include "torchmargin/class_parallel.h"
 #include "torchmargin/export.h"
 #include "torchmargin/functional.h"
 #include "torchmargin/margin.h"
