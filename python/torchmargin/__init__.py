@@ -57,16 +57,17 @@ __all__ = [
 
 
 if TYPE_CHECKING:
+    from torchmargin import distributed as distributed
     from torchmargin import evaluation as evaluation
 else:
 
     def __getattr__(name: str) -> Any:
-        if name == "evaluation":  # imported at its first use: it needs numpy
+        if name in ("distributed", "evaluation"):  # imported at their first use: one loads much of torch, one numpy
             import importlib
 
-            return importlib.import_module("torchmargin.evaluation")
+            return importlib.import_module(f"torchmargin.{name}")
         raise AttributeError(f"module 'torchmargin' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), "evaluation"]
+    return [*globals(), "distributed", "evaluation"]

@@ -119,7 +119,7 @@ class MarginLoss(nn.Module):
     # The numbers that stand for the op's m1, m2 and m3; see __init_subclass__.
     _roles = {"m1": "m1", "m2": "m2", "m3": "m3"}
     # A model that holds a loss can be scripted; the loss itself stays in Python.
-    __jit_unused_properties__ = ["acc_dtype"]
+    __jit_unused_properties__ = ["acc_dtype", "_holds_weights"]
     __jit_ignored_attributes__ = ["scale", "m1", "m2", "m3"]
 
     def __init__(
@@ -201,7 +201,10 @@ class MarginLoss(nn.Module):
         """
 
     def row_penalty(self, embeddings: Tensor, labels: Tensor) -> Tensor | None:
-        """What is added to each row's loss [B], or None. Ignored rows are left out and the reduction follows."""
+        """What is added to each row's loss [B], or None. Ignored rows are left out and the reduction follows.
+
+        Over ranks (torchmargin.distributed) it sees one rank's rows, which may be none; what it raises is not shared.
+        """
         return None
 
     def reset_state(self) -> None:
@@ -213,6 +216,7 @@ class MarginLoss(nn.Module):
     def forward(
         self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, MarginStatistics]:
+        self._check_holds_weights()
         ops = torch.ops.torchmargin
         op = ops._linear_margin_cross_entropy_statistics if return_statistics else ops.linear_margin_cross_entropy
         if not self._fits(embeddings, labels):  # the op says what is wrong
@@ -245,6 +249,7 @@ class MarginLoss(nn.Module):
     @_stays_in_python
     def logits(self, embeddings: Tensor) -> Tensor:
         """The logits [B, C] without a margin, for inference: their argmax is the predicted class."""
+        self._check_holds_weights()
         logits: Tensor = torch.ops.torchmargin.margin_logits(
             self._widened(embeddings),
             self.weight,
@@ -409,6 +414,32 @@ class MarginLoss(nn.Module):
         if self._recalls is None or self._recalls.shape != log_shape(states) or self._recalls.device != device:
             self._recalls = empty_log(states, device)
 
+    # ---- weights that are elsewhere ------------------------------------------------------------------------------
+
+    @property
+    def _holds_weights(self) -> bool:
+        return "weight" in self._parameters
+
+    def _check_holds_weights(self) -> None:
+        if not self._holds_weights:
+            raise RuntimeError(
+                f"{type(self).__name__}: its classes are spread over ranks; call the ClassParallel that holds them"
+            )
+
+    def _hand_over_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Its weight and bias, for torchmargin.distributed to hold: this module keeps the margin and its state."""
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        del self.weight
+        self.bias = None
+        self._hold_no_weights(self.num_classes, like=weight)
+        return weight, bias
+
+    def _hold_no_weights(self, num_classes: int, like: Tensor | None = None) -> None:
+        """What stands for the weights has their shape, dtype and device, and no memory."""
+        self.num_classes = num_classes
+        one = (self.weight if like is None else like).new_zeros(())
+        self.weight = one.expand(num_classes, self.in_features)
+
     # ---- numbers and options -------------------------------------------------------------------------------------
 
     def number(self, name: str) -> Tensor:
@@ -479,7 +510,7 @@ class MarginLoss(nn.Module):
 
     def _write_numbers(self, names: Iterable[str]) -> None:
         """Numbers that are saved to their buffers: in place where the shape stays, compiled graphs hold them."""
-        if "weight" not in self._parameters:
+        if getattr(self, "weight", None) is None:
             return  # the constructor writes them all
         device = self.weight.device
         for name in names:
@@ -499,6 +530,8 @@ class MarginLoss(nn.Module):
         NB: nor is one widened. torch 2.11's compiled graphs lose what is written to a 0-dim float64 buffer on the CPU.
         """
         before = dict(self._buffers)
+        if not self._holds_weights:
+            self._hold_no_weights(self.num_classes, like=fn(self.weight.new_empty(0)))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         for name, old in before.items():
             new = self._buffers[name]
