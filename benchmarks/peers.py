@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -109,3 +110,66 @@ def chunked_products(x: Tensor, w: Tensor, plan):
                 torch.mm(tile.t(), rows, out=grad_w[: len(part)])
 
     return run
+
+
+class PartialFcOrder:
+    """The steps of InsightFace's PartialFC in its order, all classes in every step: rows and labels gathered, the local
+    logits [R n, C / R] as a matrix, margin, a softmax over ranks by three all_reduces, one reduce of gradients for each
+    rank. The gradient of rows is their sum here; there it is multiplied by the number of ranks.
+    """
+
+    def __init__(self, group, first_class: int):
+        self.group, self.first_class = group, first_class
+
+    def __call__(self, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        rows = _GatherRows.apply(x, self.group)
+        labels = [torch.empty_like(y) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(labels, y, group=self.group)
+        target = torch.cat(labels) - self.first_class
+        target[(target < 0) | (target >= len(w))] = -1
+        logits = F.linear(F.normalize(rows), F.normalize(w)).clamp(-1, 1)
+        present = torch.where(target != -1)[0]
+        own = logits[present, target[present]]
+        psi = own * math.cos(MARGIN) - (1 - own.square()).sqrt() * math.sin(MARGIN)
+        psi = torch.where(own > math.cos(math.pi - MARGIN), psi, own - MARGIN * math.sin(MARGIN))
+        logits = logits.index_put((present, target[present]), psi) * SCALE
+        return _CrossEntropyOverRanks.apply(logits, target, self.group)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(rows, x, group=group)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        parts = [part.contiguous() for part in grad.chunk(dist.get_world_size(ctx.group))]
+        for rank, part in enumerate(parts):
+            dist.reduce(part, group=ctx.group, group_dst=rank)
+        return parts[dist.get_rank(ctx.group)], None
+
+
+class _CrossEntropyOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, group):
+        largest = logits.amax(1, keepdim=True)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        softmax = (logits - largest).exp_()
+        total = softmax.sum(1, keepdim=True)
+        dist.all_reduce(total, group=group)
+        softmax.div_(total)
+        present = torch.where(target != -1)[0]
+        own = torch.zeros(len(target), 1)
+        own[present] = softmax[present].gather(1, target[present, None])
+        dist.all_reduce(own, group=group)
+        ctx.save_for_backward(softmax, present, target)
+        return -own.clamp(min=1e-30).log().mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        softmax, present, target = ctx.saved_tensors
+        softmax[present, target[present]] -= 1
+        return softmax.div_(len(target)).mul_(grad), None, None
