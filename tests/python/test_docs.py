@@ -4,6 +4,7 @@ A line `name = ...` stands for the reader's own: it is left out, and STAND_INS h
 """
 
 import ast
+import gc
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rounding import LinearRounding, assert_within
 ROOT = Path(__file__).resolve().parents[2]
 NOT_RUN = {
     "fully_shard(part)": "wants ranks: test_distributed.py does the same with two",
+    "10_000_000": "20 GB of weights",
 }
 
 
@@ -86,7 +88,29 @@ def _migrating(folder):
     }
 
 
+def _distributed(folder):
+    """One rank, a group of its own: tests/python/distributed has more."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    for rank in range(4):
+        shard = {"state_dict_softmax_fc": {"weight": torch.randn(250, 64)}}
+        torch.save(shard, folder / f"checkpoint_gpu_{rank}.pt")
+    head = torchmargin.distributed.ClassParallel(torchmargin.ArcFaceLoss(64, 1000, device="meta"), mesh)
+    return {
+        "dist": dist,
+        "mesh": mesh,
+        "network": nn.Linear(512, 64),
+        "head": head,
+        "head_optimizer": torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9),
+        "ClassParallel": torchmargin.distributed.ClassParallel,
+    }
+
+
 STAND_INS = {
+    "docs/distributed.md": _distributed,
     "README.md": _readme,
     "docs/losses.md": _losses,
     "docs/evaluation.md": _evaluation,
@@ -114,7 +138,12 @@ def _run(path, line, code, folder):
 @pytest.mark.parametrize(("path", "line", "code"), list(_blocks()))
 def test_a_block_runs_as_it_stands(path, line, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _run(path, line, code, tmp_path)
+    try:
+        _run(path, line, code, tmp_path)
+    finally:
+        if torch.distributed.is_initialized():
+            gc.collect()  # what holds a process group has to go before it
+            torch.distributed.destroy_process_group()
 
 
 def test_the_loss_of_your_own_leaves_ignored_rows_out(tmp_path):
