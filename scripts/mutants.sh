@@ -32,7 +32,11 @@ configure() {
   if [[ $torch == */.venv/* ]]; then
     local copy="$TREE/.venv/${torch##*/.venv/}"
     mkdir -p "$(dirname "$copy")"
-    [ -e "$copy" ] || cp -al "$torch" "$copy" 2> /dev/null || { rm -rf "$copy" && ln -s "$torch" "$copy"; }
+    local part
+    for part in torch nvidia; do # programs that link LibTorch want NVIDIA's libraries beside it
+      local from="${torch%/*}/$part" to="${copy%/*}/$part"
+      [ -e "$to" ] || [ ! -e "$from" ] || cp -al "$from" "$to" 2> /dev/null || { rm -rf "$to" && ln -s "$from" "$to"; }
+    done
     torch=$copy
   fi
   CCACHE_BASEDIR=$TREE cmake -G Ninja -S "$TREE" -B "$BUILD" -DTORCHMARGIN_TORCH_DIR="$torch" -DTORCHMARGIN_WERROR=ON \
