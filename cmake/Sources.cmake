@@ -11,9 +11,12 @@ set(TORCHMARGIN_GATE_SOURCES
 set(TORCHMARGIN_OPS_SOURCES
   csrc/ops/schema.cpp
   csrc/ops/cross_entropy.cpp
+  csrc/ops/kept_classes.cpp
   csrc/ops/linear.cpp
   csrc/ops/cosine.cpp
+  csrc/ops/binary_cross_entropy.cpp
   csrc/ops/formula.cpp
+  csrc/ops/hard_negatives.cpp
   csrc/ops/autograd_node.cpp
   csrc/ops/differentiable.cpp
   csrc/ops/linear_autograd.cpp
@@ -97,6 +100,8 @@ set(TORCHMARGIN_DEVICE_KERNELS
   cuda/kernels/load_rows.cu
   cuda/kernels/accumulate_chunk.cu
   cuda/kernels/softmax_chunk.cu
+  cuda/kernels/accumulate_head.cu
+  cuda/kernels/weigh_head.cu
   cuda/kernels/rows.cu
   cuda/kernels/finish_classes.cu
   cuda/kernels/cosine.cu)

@@ -38,6 +38,27 @@ void finish_classes(const FinishClassesArgs& args, c10::ScalarType acc) {
 void finish_rows(const FinishRowsArgs& args, c10::ScalarType acc) {
   enqueue(device::launch_finish_rows, args, acc);
 }
+void hard_rows(const HardRowsArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_hard_rows, args, acc);
+}
+void merge_hardest(const MergeHardestArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_merge_hardest, args, acc);
+}
+void fold_centers(const FoldCentersArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_fold_centers, args, acc);
+}
+void spread_centers(const SpreadCentersArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_spread_centers, args, acc);
+}
+void write_hardest(const WriteHardestArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_write_hardest, args, acc);
+}
+void add_binary(const AddBinaryArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_add_binary, args, acc);
+}
+void weigh_binary(const WeighBinaryArgs& args, c10::ScalarType acc) {
+  enqueue(device::launch_weigh_binary, args, acc);
+}
 void run_lanes(int64_t lanes, const std::function<void(int64_t)>& body) {
   for (int64_t lane = 0; lane < lanes; ++lane) { // the plan makes one: a stream is one queue
     body(lane);
@@ -53,6 +74,13 @@ const Device& this_device() {
            .target_rows = target_rows,
            .accumulate_chunk = accumulate_chunk,
            .combine_rows = combine_rows,
+           .hard_rows = hard_rows,
+           .merge_hardest = merge_hardest,
+           .fold_centers = fold_centers,
+           .spread_centers = spread_centers,
+           .write_hardest = write_hardest,
+           .add_binary = add_binary,
+           .weigh_binary = weigh_binary,
            .softmax_chunk = softmax_chunk,
            .finish_classes = finish_classes,
            .finish_rows = finish_rows,

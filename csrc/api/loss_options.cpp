@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace torchmargin::nn {
@@ -39,7 +40,17 @@ MarginLossOptions common(const Options& o, const LossForm& form) {
   options.label_smoothing(o.label_smoothing());
   options.ignore_index(o.ignore_index());
   options.reduction(o.reduction());
+  options.sub_centers(o.sub_centers());
+  options.interclass_filter(o.interclass_filter());
   return options;
+}
+
+// A loss that has a rule of its own for other classes.
+template <typename Options>
+void refuse_filter(const char* name, const Options& o) {
+  TORCH_CHECK(
+      !o.interclass_filter().has_value(), name,
+      ": expected no interclass_filter, the loss has a rule of its own for other classes");
 }
 
 template <typename Options>
@@ -97,14 +108,43 @@ void check_options(const MarginLossOptions& options) {
       options.in_features() >= 1 && options.num_classes() >= 1,
       "expected in_features and num_classes to be positive, but got ", options.in_features(), " and ",
       options.num_classes());
-  functional::LinearMarginCrossEntropyFuncOptions all(options.form());
-  all.label_smoothing(options.label_smoothing());
-  all.ignore_index(options.ignore_index());
-  all.reduction(options.reduction());
+  if (const auto filter = options.interclass_filter(); filter.has_value()) {
+    check_finite("interclass_filter", *filter);
+    TORCH_CHECK(
+        options.form().normalize_input && options.form().normalize_weight,
+        "expected normalize_input and normalize_weight with interclass_filter, which is a cosine");
+  }
   // NB: not on the Meta device: without Python many of ATen's ops have no kernel there.
   const at::Tensor nothing = at::empty({0, 1}, at::kFloat);
   const at::Tensor labels = at::empty({0}, nothing.options().dtype(at::kLong));
-  functional::linear_margin_cross_entropy(nothing, nothing.new_zeros({1, 1}), labels, all);
+  const at::Tensor one_class = nothing.new_zeros({std::max<int64_t>(options.sub_centers(), 1), 1});
+  if (options.one_against_all().has_value()) {
+    TORCH_CHECK(
+        options.label_smoothing() == 0,
+        "expected no label_smoothing, it is a mean over the logits of a softmax, but got ", options.label_smoothing());
+    functional::linear_margin_binary_cross_entropy(nothing, one_class, labels, binary_options(options));
+    return;
+  }
+  functional::LinearMarginCrossEntropyFuncOptions all(options.form());
+  all.linear().sub_centers(options.sub_centers()).hardest(options.hardest()).hardest_margin(options.hardest_margin());
+  all.label_smoothing(options.label_smoothing());
+  all.ignore_index(options.ignore_index());
+  all.reduction(options.reduction());
+  functional::linear_margin_cross_entropy(nothing, one_class, labels, all);
+}
+
+functional::LinearMarginBinaryCrossEntropyFuncOptions binary_options(const MarginLossOptions& options) {
+  const OneAgainstAll& form = *options.one_against_all();
+  return functional::LinearMarginBinaryCrossEntropyFuncOptions()
+      .scale(options.form().margin.scale)
+      .margin(form.margin)
+      .kind(form.kind)
+      .power(form.power)
+      .positive_weight(form.positive_weight)
+      .negative_weight(form.negative_weight)
+      .sub_centers(options.sub_centers())
+      .ignore_index(options.ignore_index())
+      .reduction(options.reduction());
 }
 
 void check_class_margins(const torch::Tensor& margins) {
@@ -223,6 +263,85 @@ MarginLossOptions margin_options(const ElasticFaceLossOptions& o) {
 
 std::vector<SavedNumber> numbers_of(ElasticFaceLossOptions& o) {
   return {{"scale", &o.scale()}, {"margin", &o.margin()}, {"deviation", &o.deviation()}};
+}
+
+MarginLossOptions margin_options(const SubCenterArcFaceLossOptions& o) {
+  const double margin = one_margin(o, check_radians("margin", o.margin()));
+  return common(o, varied(presets::arcface(o.scale(), margin), o));
+}
+
+std::vector<SavedNumber> numbers_of(SubCenterArcFaceLossOptions& o) {
+  return {{"scale", &o.scale()}, {"margin", &o.margin(), &o.class_margins()}};
+}
+
+MarginLossOptions margin_options(const CurricularFaceLossOptions& o) {
+  refuse_filter("CurricularFaceLoss", o);
+  TORCH_CHECK(o.momentum() >= 0 && o.momentum() <= 1, "expected momentum in [0, 1], but got ", o.momentum());
+  LossForm form = published::form<published::CurricularFace>(o.scale());
+  form.margin.m2 = check_radians("margin", o.margin());
+  return common(o, form);
+}
+
+std::vector<SavedNumber> numbers_of(CurricularFaceLossOptions& o) {
+  return {{"scale", &o.scale()}, {"margin", &o.margin()}, {"momentum", &o.momentum()}};
+}
+
+MarginLossOptions margin_options(const MVSoftmaxLossOptions& o) {
+  refuse_filter("MVSoftmaxLoss", o);
+  TORCH_CHECK(o.kind() == "am" || o.kind() == "arc", "expected kind to be 'am' or 'arc', but got '", o.kind(), "'");
+  check_not_negative("t", o.t());
+  LossForm form = published::form<published::MVSoftmax>(o.scale());
+  (o.kind() == "arc" ? form.margin.m2 : form.margin.m3) = check_radians("margin", o.margin());
+  return common(o, form);
+}
+
+std::vector<SavedNumber> numbers_of(MVSoftmaxLossOptions& o) {
+  return {{"scale", &o.scale()}, {"margin", &o.margin()}, {"t", &o.t()}};
+}
+
+MarginLossOptions margin_options(const InterTopKArcFaceLossOptions& o) {
+  refuse_filter("InterTopKArcFaceLoss", o);
+  check_radians("hardest_margin", o.hardest_margin());
+  LossForm form = published::form<published::InterTopKArcFace>(o.scale());
+  form.margin.m2 = check_radians("margin", o.margin());
+  return common(o, form).hardest(o.hardest()).hardest_margin(o.hardest() == 0 ? 0.0 : o.hardest_margin());
+}
+
+std::vector<SavedNumber> numbers_of(InterTopKArcFaceLossOptions& o) {
+  return {{"scale", &o.scale()}, {"margin", &o.margin()}, {"hardest_margin", &o.hardest_margin()}};
+}
+
+MarginLossOptions margin_options(const SphereFace2LossOptions& o) {
+  refuse_filter("SphereFace2Loss", o);
+  check_not_negative("margin", o.margin());
+  TORCH_CHECK(
+      o.positive_weight() >= 0 && o.positive_weight() <= 1, "expected positive_weight in [0, 1], but got ",
+      o.positive_weight());
+  OneAgainstAll form;
+  form.kind = o.kind();
+  form.margin = o.margin();
+  form.power = o.t();
+  form.positive_weight = o.positive_weight();
+  form.negative_weight = 1.0 - o.positive_weight();
+  return common(o, published::form<published::SphereFace2>(o.scale())).bias(true).one_against_all(form);
+}
+
+std::vector<SavedNumber> numbers_of(SphereFace2LossOptions& o) {
+  return {{"scale", &o.scale()}, {"margin", &o.margin()}, {"t", &o.t()}, {"positive_weight", &o.positive_weight()}};
+}
+
+MarginLossOptions margin_options(const UniFaceLossOptions& o) {
+  refuse_filter("UniFaceLoss", o);
+  check_not_negative("margin", o.margin());
+  OneAgainstAll form;
+  form.kind = "m";
+  form.margin = o.margin();
+  form.first_bias = -std::log(10.0 * static_cast<double>(o.num_classes()));
+  return common(o, published::form<published::UniFace>(o.scale())).bias(true).one_against_all(form);
+}
+
+std::vector<SavedNumber> numbers_of(UniFaceLossOptions& o) {
+  return {{"scale", &o.scale()}, {"margin", &o.margin()}};
 }
 
 } // namespace torchmargin::nn

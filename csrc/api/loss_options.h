@@ -11,6 +11,9 @@ namespace torchmargin::nn {
 // c10::Error if a loss with these options could not be called: the op's own checks, on an empty batch.
 void check_options(const MarginLossOptions& options);
 
+// How a loss that is one against all calls its op, without a bias.
+functional::LinearMarginBinaryCrossEntropyFuncOptions binary_options(const MarginLossOptions& options);
+
 // class_margins [C] as C numbers in radians or cosines: finite and at most pi in size.
 void check_class_margins(const torch::Tensor& margins);
 
@@ -28,6 +31,12 @@ TORCHMARGIN_DECLARE_OPTIONS(CombinedMarginLoss);
 TORCHMARGIN_DECLARE_OPTIONS(AdaFaceLoss);
 TORCHMARGIN_DECLARE_OPTIONS(MagFaceLoss);
 TORCHMARGIN_DECLARE_OPTIONS(ElasticFaceLoss);
+TORCHMARGIN_DECLARE_OPTIONS(SubCenterArcFaceLoss);
+TORCHMARGIN_DECLARE_OPTIONS(CurricularFaceLoss);
+TORCHMARGIN_DECLARE_OPTIONS(MVSoftmaxLoss);
+TORCHMARGIN_DECLARE_OPTIONS(InterTopKArcFaceLoss);
+TORCHMARGIN_DECLARE_OPTIONS(SphereFace2Loss);
+TORCHMARGIN_DECLARE_OPTIONS(UniFaceLoss);
 #undef TORCHMARGIN_DECLARE_OPTIONS
 
 } // namespace torchmargin::nn

@@ -29,6 +29,7 @@ call_options(const MarginLossOptions& options, const torch::Tensor& bias, const 
     linear.bias(bias);
   }
   linear.sample_m2(margins.m2).sample_m3(margins.m3).sample_margin_weight(margins.margin_weight);
+  linear.sub_centers(options.sub_centers()).hardest(options.hardest()).hardest_margin(options.hardest_margin());
   functional::LinearMarginCrossEntropyFuncOptions all(linear);
   all.label_smoothing(options.label_smoothing());
   all.ignore_index(options.ignore_index());
@@ -156,7 +157,8 @@ MarginLossBase::~MarginLossBase() = default;
 void MarginLossBase::reset_parameters() {
   torch::nn::init::xavier_uniform_(weight);
   if (bias.defined()) {
-    torch::nn::init::zeros_(bias);
+    const auto binary = margin_loss_options().one_against_all();
+    torch::nn::init::constant_(bias, binary.has_value() ? binary->first_bias : 0.0);
   }
 }
 
@@ -169,7 +171,15 @@ torch::Tensor MarginLossBase::logits(const torch::Tensor& embeddings) const {
   plain.scale = margin.scale;
   const auto [input, lowest] = widened(embeddings, weight);
   functional::LinearMarginFuncOptions linear = call_options(options, bias, {}).linear();
-  return functional::margin_logits(input, weight, std::nullopt, linear.margin(plain).compute_dtype(lowest));
+  linear.compute_dtype(lowest).hardest(0).hardest_margin(0.0);
+  if (const auto binary = options.one_against_all(); binary.has_value()) {
+    const torch::Tensor cosines =
+        functional::margin_logits(input, weight, std::nullopt, linear.margin({}).bias(std::nullopt));
+    const torch::Tensor curve =
+        binary->power == 1.0 ? cosines : 2 * ((cosines + 1) / 2).clamp_min(0).pow(binary->power) - 1;
+    return plain.scale * curve + bias.to(curve.scalar_type());
+  }
+  return functional::margin_logits(input, weight, std::nullopt, linear.margin(plain));
 }
 
 std::pair<torch::Tensor, MarginStatistics>
@@ -181,15 +191,7 @@ MarginLossBase::call(const torch::Tensor& embeddings, const torch::Tensor& label
   if (hooked && module().is_training()) {
     step.emplace(*this, input, labels);
   }
-  functional::LinearMarginCrossEntropyFuncOptions all =
-      call_options(options, bias, hooked ? sample_margins(input, labels) : SampleMargins{});
-  all.linear().compute_dtype(lowest);
-  std::pair<torch::Tensor, MarginStatistics> result;
-  if (with_statistics) {
-    result = functional::linear_margin_cross_entropy_with_statistics(input, weight, labels, all);
-  } else {
-    result.first = functional::linear_margin_cross_entropy(input, weight, labels, all);
-  }
+  std::pair<torch::Tensor, MarginStatistics> result = call_op(options, input, labels, lowest, hooked, with_statistics);
   if (hooked) {
     if (const torch::Tensor penalty = row_penalty(input, labels); penalty.defined()) {
       result.first = result.first + reduced(penalty, labels, options);
@@ -199,6 +201,47 @@ MarginLossBase::call(const torch::Tensor& embeddings, const torch::Tensor& label
     step->done();
   }
   return result;
+}
+
+std::pair<torch::Tensor, MarginStatistics> MarginLossBase::call_op(
+    const MarginLossOptions& options,
+    const torch::Tensor& input,
+    const torch::Tensor& labels,
+    std::optional<torch::Dtype> lowest,
+    bool hooked,
+    bool with_statistics) {
+  if (options.one_against_all().has_value()) {
+    const functional::LinearMarginBinaryCrossEntropyFuncOptions binary =
+        binary_options(options).bias(bias).compute_dtype(lowest);
+    if (with_statistics) {
+      return functional::linear_margin_binary_cross_entropy_with_statistics(input, weight, labels, binary);
+    }
+    return {functional::linear_margin_binary_cross_entropy(input, weight, labels, binary), {}};
+  }
+  functional::LinearMarginCrossEntropyFuncOptions all =
+      call_options(options, bias, hooked ? sample_margins(input, labels) : SampleMargins{});
+  all.linear().compute_dtype(lowest);
+  if (hooked) {
+    const HardNegatives hard = negatives(input, labels);
+    all.linear().hard_threshold(hard.threshold).hard_coefficients(hard.coefficients);
+  }
+  if (with_statistics) {
+    return functional::linear_margin_cross_entropy_with_statistics(input, weight, labels, all);
+  }
+  return {functional::linear_margin_cross_entropy(input, weight, labels, all), {}};
+}
+
+HardNegatives MarginLossBase::negatives(const torch::Tensor& /*embeddings*/, const torch::Tensor& /*labels*/) {
+  const std::optional<double> filter = margin_loss_options().interclass_filter();
+  if (!filter.has_value()) {
+    return {};
+  }
+  const auto wide = weight.options().dtype(at::kDouble).requires_grad(false);
+  return {at::full({}, *filter, wide), at::zeros({3}, wide)};
+}
+
+torch::Tensor MarginLossBase::target_angle(const torch::Tensor& embeddings, const torch::Tensor& labels) const {
+  return functional::linear_target_angle(embeddings, weight, labels, margin_loss_options().sub_centers());
 }
 
 MarginLossOptions MarginLossBase::margin_loss_options() const {

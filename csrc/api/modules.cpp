@@ -118,6 +118,12 @@ TORCHMARGIN_DEFINE_LOSS(OptionsLossImpl, CombinedMarginLoss)
 TORCHMARGIN_DEFINE_LOSS(OptionsLossImpl, AdaFaceLoss)
 TORCHMARGIN_DEFINE_LOSS(OptionsLossImpl, MagFaceLoss)
 TORCHMARGIN_DEFINE_LOSS(OptionsLossImpl, ElasticFaceLoss)
+TORCHMARGIN_DEFINE_LOSS(ClassMarginLossImpl, SubCenterArcFaceLoss)
+TORCHMARGIN_DEFINE_LOSS(OptionsLossImpl, CurricularFaceLoss)
+TORCHMARGIN_DEFINE_LOSS(OptionsLossImpl, MVSoftmaxLoss)
+TORCHMARGIN_DEFINE_LOSS(OptionsLossImpl, InterTopKArcFaceLoss)
+TORCHMARGIN_DEFINE_LOSS(OptionsLossImpl, SphereFace2Loss)
+TORCHMARGIN_DEFINE_LOSS(OptionsLossImpl, UniFaceLoss)
 #undef TORCHMARGIN_DEFINE_LOSS
 
 SampleMargins CosFaceLossImpl::sample_margins(const torch::Tensor& /*embeddings*/, const torch::Tensor& labels) {
@@ -130,6 +136,86 @@ SampleMargins ArcFaceLossImpl::sample_margins(const torch::Tensor& /*embeddings*
   SampleMargins margins;
   margins.m2 = margins_of(labels);
   return margins;
+}
+
+SampleMargins SubCenterArcFaceLossImpl::sample_margins(
+    const torch::Tensor& /*embeddings*/,
+    const torch::Tensor& labels) {
+  SampleMargins margins;
+  margins.m2 = margins_of(labels);
+  return margins;
+}
+
+torch::Tensor SubCenterArcFaceLossImpl::center_counts(const torch::Tensor& embeddings, const torch::Tensor& labels)
+    const {
+  const torch::NoGradGuard no_grad;
+  const int64_t centers = options.sub_centers();
+  TORCH_CHECK(
+      embeddings.dim() == 2 && embeddings.size(1) == options.in_features() && labels.dim() == 1 &&
+          labels.size(0) == embeddings.size(0) && labels.scalar_type() == at::kLong,
+      "center_counts: expected embeddings [B, ", options.in_features(), "] and labels [B] int64, but got ",
+      embeddings.sizes(), " and ", labels.sizes());
+  const torch::Tensor counted = labels.ne(options.ignore_index()).logical_and(embeddings.isfinite().all(1));
+  const torch::Tensor rows = counted.nonzero().squeeze(1);
+  torch::Tensor counts = at::zeros({options.num_classes() * centers}, labels.options());
+  for (const torch::Tensor& part : rows.split(1024)) { // [n, K, D] at a time
+    const torch::Tensor own = labels.index_select(0, part);
+    TORCH_CHECK_INDEX(
+        own.numel() == 0 || (own.min().item<int64_t>() >= 0 && own.max().item<int64_t>() < options.num_classes()),
+        "center_counts: expected labels in [0, ", options.num_classes(), ") or ignore_index");
+    const torch::Tensor x = embeddings.index_select(0, part).to(at::kDouble);
+    const torch::Tensor w = weight.view({options.num_classes(), centers, -1}).index_select(0, own).to(at::kDouble);
+    const torch::Tensor lengths = at::linalg_vector_norm(w, 2, at::IntArrayRef{2}).clamp_min(1e-12);
+    const torch::Tensor nearest = (at::einsum("nd,nkd->nk", {x, w}) / lengths).argmax(1);
+    counts.index_add_(0, own * centers + nearest, at::ones_like(own));
+  }
+  return counts.view({options.num_classes(), centers});
+}
+
+torch::Tensor SubCenterArcFaceLossImpl::dominant_centers(const torch::Tensor& counts) const {
+  TORCH_CHECK(
+      counts.dim() == 2 && counts.size(0) == options.num_classes() && counts.size(1) == options.sub_centers(),
+      "dominant_centers: expected counts of shape [", options.num_classes(), ", ", options.sub_centers(), "], but got ",
+      counts.sizes());
+  // NB: argmax names any of several that are equal.
+  const torch::Tensor largest = counts.eq(counts.amax(1, /*keepdim=*/true)).to(at::kInt);
+  return std::get<0>(largest.cummax(1)).eq(0).sum(1);
+}
+
+void CurricularFaceLossImpl::reset() {
+  OptionsLossImpl::reset();
+  t = register_buffer("t", at::zeros({}));
+}
+
+// Over the rows that count; without any it stays.
+void CurricularFaceLossImpl::advance(const torch::Tensor& embeddings, const torch::Tensor& labels) {
+  const torch::Tensor cosine = target_angle(embeddings, labels).to(at::kDouble).cos();
+  const torch::Tensor counted = labels.ne(options.ignore_index()).logical_and(cosine.isfinite());
+  const torch::Tensor sum = at::where(counted, cosine, at::zeros({}, cosine.options())).sum();
+  const torch::Tensor count = counted.sum().to(at::kDouble);
+  const torch::Tensor before = t.to(at::kDouble);
+  const torch::Tensor mean = at::where(count.gt(0), sum / count.clamp_min(1.0), before);
+  t.copy_(before.lerp(mean, number(options.momentum(), before)));
+}
+
+HardNegatives CurricularFaceLossImpl::negatives(const torch::Tensor& /*embeddings*/, const torch::Tensor& /*labels*/) {
+  const torch::Tensor wide = t.to(at::kDouble);
+  return {std::nullopt, at::stack({at::ones_like(wide), wide, at::zeros_like(wide)})};
+}
+
+SampleMargins MVSoftmaxLossImpl::sample_margins(const torch::Tensor& embeddings, const torch::Tensor& labels) {
+  SampleMargins margins;
+  if (options.kind() == "am") {
+    constexpr double kHalfPi = 1.57079632679489661923;
+    const torch::Tensor angle = target_angle(embeddings, labels);
+    margins.margin_weight = at::where(angle.isnan(), angle, angle.lt(kHalfPi).to(angle.scalar_type()));
+  }
+  return margins;
+}
+
+HardNegatives MVSoftmaxLossImpl::negatives(const torch::Tensor& embeddings, const torch::Tensor& /*labels*/) {
+  const torch::Tensor t = number(options.t(), embeddings);
+  return {std::nullopt, at::stack({at::zeros_like(t), 1 + t, t})};
 }
 
 void AdaFaceLossImpl::reset() {

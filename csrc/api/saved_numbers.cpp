@@ -76,8 +76,12 @@ class Change {
 
 void MarginLossBase::make_tensors() {
   const MarginLossOptions o = margin_loss_options();
-  weight = module().register_parameter("weight", torch::empty({o.num_classes(), o.in_features()}));
-  bias = module().register_parameter("bias", o.bias() ? torch::empty({o.num_classes()}) : torch::Tensor(), o.bias());
+  weight = module().register_parameter("weight", torch::empty({o.num_classes() * o.sub_centers(), o.in_features()}));
+  torch::Tensor bias_of_options;
+  if (o.bias()) {
+    bias_of_options = o.one_against_all().has_value() ? torch::empty({}) : torch::empty({o.num_classes()});
+  }
+  bias = module().register_parameter("bias", bias_of_options, o.bias());
   for (const SavedNumber& number : numbers()) {
     const torch::Tensor buffer = module().register_buffer(number.name, tensor_of(number, at::kCPU));
     if (number.per_class != nullptr && number.per_class->defined()) {
@@ -112,15 +116,20 @@ std::vector<torch::Tensor> MarginLossBase::state() const {
   return tensors;
 }
 
+int64_t MarginLossBase::class_count() const {
+  return margin_loss_options().num_classes();
+}
+
 MarginLossOptions MarginLossBase::present_options() const {
   MarginLossOptions o = margin_loss_options();
   TORCH_CHECK(
       !weight.defined() || weight.dim() != 2 ||
-          (o.in_features() == weight.size(1) && o.num_classes() == weight.size(0) && o.bias() == bias.defined()),
+          (o.in_features() == weight.size(1) && o.num_classes() * o.sub_centers() == weight.size(0) &&
+           o.bias() == bias.defined()),
       "expected in_features, num_classes and bias to stay as they were at the construction, since they belong to the "
       "weight: ",
-      weight.size(1), ", ", weight.size(0), " and ", bias.defined(), ", but got ", o.in_features(), ", ",
-      o.num_classes(), " and ", o.bias());
+      weight.size(1), ", ", weight.size(0) / std::max<int64_t>(o.sub_centers(), 1), " and ", bias.defined(),
+      ", but got ", o.in_features(), ", ", o.num_classes(), " and ", o.bias(), " with sub_centers = ", o.sub_centers());
   return o;
 }
 
@@ -141,13 +150,13 @@ void MarginLossBase::write_numbers() const {
 
 void MarginLossBase::check_numbers(const std::map<std::string, torch::Tensor>& numbers) {
   Change change(this->numbers());
-  change.set(numbers, weight.size(0));
+  change.set(numbers, class_count());
   check_options(present_options());
 }
 
 void MarginLossBase::read_numbers(const std::map<std::string, torch::Tensor>& numbers) {
   Change change(this->numbers());
-  change.set(numbers, weight.size(0));
+  change.set(numbers, class_count());
   write_numbers();
   change.keep();
 }

@@ -97,6 +97,11 @@ Published shown() {
   TORCHMARGIN_SHOW(regularizer)
   TORCHMARGIN_SHOW(kind)
   TORCHMARGIN_SHOW(deviation)
+  TORCHMARGIN_SHOW(t)
+  TORCHMARGIN_SHOW(sub_centers)
+  TORCHMARGIN_SHOW(hardest)
+  TORCHMARGIN_SHOW(hardest_margin)
+  TORCHMARGIN_SHOW(positive_weight)
 #undef TORCHMARGIN_SHOW
   return values;
 }
@@ -175,7 +180,13 @@ std::map<std::string, Published> published_losses() {
       {"CombinedMarginLoss", shown<published::CombinedMargin>()},
       {"AdaFaceLoss", shown<published::AdaFace>()},
       {"MagFaceLoss", shown<published::MagFace>()},
-      {"ElasticFaceLoss", shown<published::ElasticFace>()}};
+      {"ElasticFaceLoss", shown<published::ElasticFace>()},
+      {"SubCenterArcFaceLoss", shown<published::SubCenterArcFace>()},
+      {"CurricularFaceLoss", shown<published::CurricularFace>()},
+      {"MVSoftmaxLoss", shown<published::MVSoftmax>()},
+      {"InterTopKArcFaceLoss", shown<published::InterTopKArcFace>()},
+      {"SphereFace2Loss", shown<published::SphereFace2>()},
+      {"UniFaceLoss", shown<published::UniFace>()}};
 }
 
 } // namespace torchmargin::bindings

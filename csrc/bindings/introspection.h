@@ -42,7 +42,7 @@ TORCHMARGIN_API Plan choose_plan(
     const std::string& compute_dtype);
 
 // The table of presets.h: of each loss, by the name of its module, what it comes with by the names of the options.
-using Published = std::map<std::string, std::variant<bool, double, std::string>>;
+using Published = std::map<std::string, std::variant<bool, int64_t, double, std::string>>;
 TORCHMARGIN_API std::map<std::string, Published> published_losses();
 
 } // namespace torchmargin::bindings

@@ -54,6 +54,35 @@ void combine_rows(const CombineRowsArgs& args, c10::ScalarType acc) {
   in_parallel(args, acc, args.rows, grain(args.context.features * 4), combine_rows_range);
 }
 
+void hard_rows(const HardRowsArgs& args, c10::ScalarType acc) {
+  in_parallel(args, acc, args.rows, grain(64), hard_rows_range);
+}
+
+void merge_hardest(const MergeHardestArgs& args, c10::ScalarType acc) {
+  const int64_t work = args.context.features * 4 * args.hardest * args.context.centers;
+  in_parallel(args, acc, args.rows, grain(work), merge_hardest_range);
+}
+
+void fold_centers(const FoldCentersArgs& args, c10::ScalarType acc) {
+  in_parallel(args, acc, args.row_count, grain(args.class_count * args.centers), fold_centers_range);
+}
+
+void spread_centers(const SpreadCentersArgs& args, c10::ScalarType acc) {
+  in_parallel(args, acc, args.row_count, grain(args.class_count * args.centers), spread_centers_range);
+}
+
+void add_binary(const AddBinaryArgs& args, c10::ScalarType acc) {
+  in_parallel(args, acc, args.tile.row_count, grain(args.tile.class_count), add_binary_range);
+}
+
+void weigh_binary(const WeighBinaryArgs& args, c10::ScalarType acc) {
+  in_parallel(args, acc, args.tile.row_count, grain(args.tile.class_count), weigh_binary_range);
+}
+
+void write_hardest(const WriteHardestArgs& args, c10::ScalarType acc) {
+  in_parallel(args, acc, args.row_count, grain(args.hardest), write_hardest_range);
+}
+
 void finish_classes(const FinishClassesArgs& args, c10::ScalarType acc) {
   in_parallel(args, acc, args.class_count, grain(args.context.features), finish_classes_range);
 }
@@ -97,6 +126,13 @@ const Device& device() {
            .target_rows = target_rows,
            .accumulate_chunk = accumulate_chunk,
            .combine_rows = combine_rows,
+           .hard_rows = hard_rows,
+           .merge_hardest = merge_hardest,
+           .fold_centers = fold_centers,
+           .spread_centers = spread_centers,
+           .write_hardest = write_hardest,
+           .add_binary = add_binary,
+           .weigh_binary = weigh_binary,
            .softmax_chunk = softmax_chunk,
            .finish_classes = finish_classes,
            .finish_rows = finish_rows,

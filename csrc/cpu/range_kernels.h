@@ -14,7 +14,14 @@ void sum_rows_range(const LoadRowsArgs& args, c10::ScalarType acc, int64_t begin
 // Rows [begin, end) of the tile.
 void accumulate_range(const AccumulateChunkArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
 void softmax_range(const SoftmaxChunkArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
+void fold_centers_range(const FoldCentersArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
+void spread_centers_range(const SpreadCentersArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
+void add_binary_range(const AddBinaryArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
+void weigh_binary_range(const WeighBinaryArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
+void write_hardest_range(const WriteHardestArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
 // Rows [begin, end) of all rows.
+void hard_rows_range(const HardRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
+void merge_hardest_range(const MergeHardestArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
 void target_rows_range(const TargetRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
 void combine_rows_range(const CombineRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);
 void finish_rows_range(const FinishRowsArgs& args, c10::ScalarType acc, int64_t begin, int64_t end);

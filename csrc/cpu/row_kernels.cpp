@@ -290,6 +290,353 @@ void softmax_row(const T* products, T* out, int64_t size, LogitMap<T> map, doubl
   });
 }
 
+// A vector of changed logits, and how they came to be.
+template <typename T>
+struct Changed {
+  Vector<T> before; // both without the bias
+  Vector<T> after;
+  Vector<T> bias;
+  Vector<T> slope; // dn/dc
+  Vector<T> class_factor;
+};
+
+// Calls body(changed, first, lanes) for each vector of a row.
+template <typename T, typename Body>
+inline void
+for_each_changed(const T* products, int64_t size, const LogitMap<T>& map, const HardMap<T>& hard, Body body) {
+  const Vector<T> one = Vector<T>{} + T(1);
+  for (int64_t j = 0; j < size; j += kLanes<T>) {
+    const int lanes = size - j < kLanes<T> ? static_cast<int>(size - j) : kLanes<T>;
+    const bool whole = lanes == kLanes<T>;
+    const auto read = [&](const T* from, T fill) { return whole ? load(from + j) : load_some(from + j, lanes, fill); };
+    Changed<T> changed{};
+    changed.class_factor = map.class_factors != nullptr ? read(map.class_factors, T(1)) : one;
+    changed.bias = map.bias != nullptr ? read(map.bias, T(0)) : Vector<T>{};
+    const Vector<T> product = read(products, T(0));
+    changed.before = scaled_product(product, changed.class_factor, map.scale);
+    const Vector<T> cosine = scaled_product(product, changed.class_factor, hard.row_factor);
+    const auto above = cosine > hard.threshold;
+    changed.after = above ? changed_logit(changed.before, cosine, hard.a, hard.b, hard.scaled_d) : changed.before;
+    changed.slope = above ? slope_of_change(cosine, hard.a, hard.b) : one;
+    body(changed, j, lanes);
+  }
+}
+
+template <typename T>
+BlockSum sum_hard_block(
+    const T* products,
+    int64_t size,
+    LogitMap<T> map,
+    const HardMap<T>& hard,
+    double shift,
+    double* logit_sum,
+    bool sum_of_changes) {
+  constexpr T infinity = __builtin_huge_val();
+  Vector<T> largest_before = Vector<T>{} - infinity;
+  Vector<T> largest = Vector<T>{} - infinity;
+  Vector<T> logits = Vector<T>{};
+  for_each_changed(products, size, map, hard, [&](const Changed<T>& changed, int64_t, int lanes) {
+    const Vector<T> before = keep_lanes<T>(changed.before + changed.bias, lanes, -infinity);
+    const Vector<T> after = keep_lanes<T>(changed.after + changed.bias, lanes, -infinity);
+    largest_before = before > largest_before ? before : largest_before;
+    largest = after > largest ? after : largest;
+    const Vector<T> counted = sum_of_changes ? changed.after - changed.before : changed.after;
+    logits += keep_lanes<T>(counted, lanes, T(0));
+  });
+  if (logit_sum != nullptr) {
+    *logit_sum += static_cast<double>(sum_lanes<T>(logits));
+  }
+  T maximum = -infinity;
+  T maximum_before = -infinity;
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    maximum = largest[lane] > maximum ? largest[lane] : maximum;
+    maximum_before = largest_before[lane] > maximum_before ? largest_before[lane] : maximum_before;
+  }
+  BlockSum block{0.0, 0.0, static_cast<double>(maximum_before)};
+  // NB: as in sum_block.
+  if (maximum == -infinity || maximum == infinity) {
+    block.sum = maximum == infinity ? 1.0 : 0.0;
+    block.shift = static_cast<double>(maximum);
+    for_each_changed(products, size, map, hard, [&](const Changed<T>& changed, int64_t, int lanes) {
+      const Vector<T> z = changed.after + changed.bias;
+      for (int lane = 0; lane < lanes; ++lane) {
+        block.sum = z[lane] == z[lane] ? block.sum : static_cast<double>(z[lane]);
+      }
+    });
+    return block;
+  }
+  const T from = shift == shift ? static_cast<T>(shift) : maximum;
+  Vector<T> sum = Vector<T>{};
+  for_each_changed(products, size, map, hard, [&](const Changed<T>& changed, int64_t, int lanes) {
+    const Vector<T> z = changed.after + changed.bias;
+    // NB: exp() makes a small number of -infinity.
+    sum += keep_lanes<T>(z == -infinity ? Vector<T>{} : exp(z - from), lanes, T(0));
+  });
+  block.shift = static_cast<double>(from);
+  block.sum = static_cast<double>(sum_lanes<T>(sum));
+  return block;
+}
+
+template <typename T>
+void logits_row(const T* products, T* out, int64_t size, LogitMap<T> map) {
+  for_each_vector(products, size, map, [&](Vector<T> z, Vector<T>, int64_t j, int lanes) {
+    if (lanes == kLanes<T>) {
+      store(out + j, z);
+    } else {
+      store_some(out + j, z, lanes);
+    }
+  });
+}
+
+template <typename T>
+void weigh_row(
+    const T* products,
+    T* out,
+    int64_t size,
+    LogitMap<T> map,
+    const HardMap<T>& hard,
+    const WeightMap<T>& weights) {
+  const T high = static_cast<T>(weights.lse);
+  const double rest = weights.lse - static_cast<double>(high);
+  const T low = rest - rest == 0.0 ? static_cast<T>(rest) : T(0);
+  for_each_changed(products, size, map, hard, [&](const Changed<T>& changed, int64_t j, int lanes) {
+    const Vector<T> exponent = ((changed.after + changed.bias) - high) - low;
+    const Vector<T> q = exponent < T(kFlush) ? Vector<T>{} : exp(exponent); // NaN stays
+    const Vector<T> slope = weights.slopes ? changed.slope : Vector<T>{} + T(1);
+    Vector<T> weight = q * weights.of_lse;
+    if (weights.sum_of_changes) {
+      weight = weight * slope + (slope - T(1)) * weights.of_sum;
+    } else {
+      weight = (weight + weights.of_sum) * slope;
+    }
+    if (weights.times_class_factors) {
+      weight *= changed.class_factor;
+    }
+    if (lanes == kLanes<T>) {
+      store(out + j, weight);
+    } else {
+      store_some(out + j, weight, lanes);
+    }
+  });
+}
+
+// log(1 + x) for x in [0, 1], exact to the last digits: 2 artanh(x / (2 + x)), by its series.
+inline Vector<float> log_of_one_and(Vector<float> x) {
+  const Vector<float> s = x / (x + 2.0f);
+  const Vector<float> square = s * s;
+  Vector<float> sum = Vector<float>{} + 1.0f / 15.0f; // the next term is below 1e-9
+  for (int k = 13; k > 0; k -= 2) {
+    sum = sum * square + 1.0f / static_cast<float>(k);
+  }
+  return s * sum * 2.0f;
+}
+
+inline Vector<double> log_of_one_and(Vector<double> x) {
+  const Vector<double> s = x / (x + 2.0);
+  const Vector<double> square = s * s;
+  Vector<double> sum = Vector<double>{} + 1.0 / 33.0; // the next term is below 1e-18
+  for (int k = 31; k > 0; k -= 2) {
+    sum = sum * square + 1.0 / static_cast<double>(k);
+  }
+  return s * sum * 2.0;
+}
+
+template <typename T>
+inline Vector<T> power_of(Vector<T> x, double power) {
+  const bool whole = power == __builtin_floor(power);
+  if (whole && power >= 0 && power <= 64) {
+    Vector<T> result = Vector<T>{} + T(1);
+    Vector<T> square = x;
+    for (int rest = static_cast<int>(power); rest > 0; rest /= 2) {
+      result = rest % 2 == 1 ? result * square : result;
+      square *= square;
+    }
+    return result;
+  }
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    x[lane] = x[lane] < T(0) && !whole ? T(0) : static_cast<T>(__builtin_pow(static_cast<double>(x[lane]), power));
+  }
+  return x;
+}
+
+// A vector of the other classes' curves, as negative_curve() has them.
+template <typename T>
+struct BinaryCurve {
+  Vector<T> cosine;
+  Vector<T> z;
+  Vector<T> slope; // dN/dc
+  Vector<T> class_factor;
+};
+
+// Calls body(curve, first, lanes) for each vector of a row.
+template <typename T, typename Body>
+inline void for_each_binary(
+    const T* products,
+    int64_t size,
+    const LogitMap<T>& map,
+    const BinaryMap<T>& binary,
+    bool with_slope,
+    Body body) {
+  const Vector<T> one = Vector<T>{} + T(1);
+  for (int64_t j = 0; j < size; j += kLanes<T>) {
+    const int lanes = size - j < kLanes<T> ? static_cast<int>(size - j) : kLanes<T>;
+    const bool whole = lanes == kLanes<T>;
+    const auto read = [&](const T* from, T fill) { return whole ? load(from + j) : load_some(from + j, lanes, fill); };
+    BinaryCurve<T> curve{};
+    curve.class_factor = map.class_factors != nullptr ? read(map.class_factors, T(1)) : one;
+    curve.cosine = scaled_product(read(products, T(0)), curve.class_factor, binary.row_factor);
+    Vector<T> inner = curve.cosine;
+    Vector<T> inner_slope = one;
+    if (binary.of_angle) {
+      const Vector<T> square = (one - curve.cosine) * (one + curve.cosine);
+      const auto inside = square > T(0);
+      Vector<T> sine = square;
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        sine[lane] =
+            inside[lane] ? static_cast<T>(__builtin_sqrt(static_cast<double>(square[lane]))) : T(0) * square[lane];
+      }
+      inner = curve.cosine * binary.cosine_of_margin + sine * binary.sine_of_margin;
+      inner_slope = inside ? binary.cosine_of_margin - curve.cosine / sine * binary.sine_of_margin
+                           : Vector<T>{} + binary.cosine_of_margin;
+    }
+    if (binary.power == 1.0) {
+      curve.z = (inner + binary.added) * binary.scale + binary.bias;
+      curve.slope = inner_slope;
+    } else {
+      const Vector<T> half = (inner + T(1)) * T(0.5);
+      curve.z = (power_of<T>(half, binary.power) * T(2) - T(1) + binary.added) * binary.scale + binary.bias;
+      if (with_slope) {
+        curve.slope = power_of<T>(half, binary.power - 1.0) * static_cast<T>(binary.power) * inner_slope;
+      }
+    }
+    body(curve, j, lanes);
+  }
+}
+
+template <typename T>
+BinarySum sum_binary_block(const T* products, int64_t size, LogitMap<T> map, const BinaryMap<T>& binary) {
+  constexpr T infinity = __builtin_huge_val();
+  Vector<T> largest = Vector<T>{} - infinity;
+  Vector<T> softplus = Vector<T>{};
+  Vector<T> slope = Vector<T>{};
+  for_each_binary(
+      products, size, map, binary, /*with_slope=*/false, [&](const BinaryCurve<T>& curve, int64_t, int lanes) {
+        const Vector<T> plain = keep_lanes<T>(curve.cosine * binary.scale, lanes, -infinity);
+        largest = plain > largest ? plain : largest;
+        const Vector<T> small = exp(curve.z > T(0) ? -curve.z : curve.z);
+        const Vector<T> part = T(1) / (small + T(1));
+        softplus += keep_lanes<T>((curve.z > T(0) ? curve.z : Vector<T>{}) + log_of_one_and(small), lanes, T(0));
+        slope += keep_lanes<T>(curve.z > T(0) ? part : small * part, lanes, T(0));
+      });
+  T maximum = -infinity;
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    maximum = largest[lane] > maximum ? largest[lane] : maximum;
+  }
+  return {
+      static_cast<double>(sum_lanes<T>(softplus)), static_cast<double>(sum_lanes<T>(slope)),
+      static_cast<double>(maximum)};
+}
+
+template <typename T>
+void weigh_binary_row(
+    const T* products,
+    T* out,
+    int64_t size,
+    LogitMap<T> map,
+    const BinaryMap<T>& binary,
+    T factor,
+    bool times_class_factors) {
+  for_each_binary(
+      products, size, map, binary, /*with_slope=*/true, [&](const BinaryCurve<T>& curve, int64_t j, int lanes) {
+        const Vector<T> small = exp(curve.z > T(0) ? -curve.z : curve.z);
+        const Vector<T> part = T(1) / (small + T(1));
+        // NB: as for Q, what is too small to count would make the products denormal.
+        const Vector<T> sigmoid = curve.z > T(0) ? part : (curve.z < T(kFlush) ? Vector<T>{} : small * part);
+        Vector<T> weight = sigmoid * curve.slope * factor;
+        if (times_class_factors) {
+          weight *= curve.class_factor;
+        }
+        if (lanes == kLanes<T>) {
+          store(out + j, weight);
+        } else {
+          store_some(out + j, weight, lanes);
+        }
+      });
+}
+
+template <typename T>
+void fold_row(
+    const T* products,
+    int64_t plane_stride,
+    int64_t size,
+    int64_t centers,
+    const T* factors,
+    T* out,
+    uint8_t* winner) {
+  for (int64_t j = 0; j < size; j += kLanes<T>) {
+    const int64_t lanes = size - j < kLanes<T> ? size - j : kLanes<T>;
+    const bool whole = lanes == kLanes<T>;
+    const auto cosine = [&](int64_t k) {
+      const T* const from = products + k * plane_stride + j;
+      Vector<T> value = whole ? load(from) : load_some(from, lanes, T(0));
+      if (factors != nullptr) {
+        const T* const own = factors + k * size + j;
+        value *= whole ? load(own) : load_some(own, lanes, T(1));
+      }
+      return value;
+    };
+    Vector<T> best = cosine(0);
+    Integers<T> place = Integers<T>{};
+    for (int64_t k = 1; k < centers; ++k) {
+      const Vector<T> value = cosine(k);
+      const Integers<T> better = (value > best) | ((value != value) & (best == best));
+      best = better ? value : best;
+      place = better ? Integers<T>{} + static_cast<typename SimdTypes<T>::Integer>(k) : place;
+    }
+    if (whole) {
+      store(out + j, best);
+    } else {
+      store_some(out + j, best, lanes);
+    }
+    for (int64_t lane = 0; winner != nullptr && lane < lanes; ++lane) {
+      winner[j + lane] = static_cast<uint8_t>(place[lane]);
+    }
+  }
+}
+
+template <typename T>
+void spread_row(
+    T* weights,
+    int64_t plane_stride,
+    int64_t size,
+    int64_t centers,
+    const T* factors,
+    const uint8_t* winner) {
+  for (int64_t j = 0; j < size; j += kLanes<T>) {
+    const int64_t lanes = size - j < kLanes<T> ? size - j : kLanes<T>;
+    const bool whole = lanes == kLanes<T>;
+    const Vector<T> weight = whole ? load(weights + j) : load_some(weights + j, lanes, T(0));
+    Integers<T> place = Integers<T>{};
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      place[lane] = winner[j + lane];
+    }
+    for (int64_t k = centers - 1; k >= 0; --k) { // the first plane last, for the weights stand there
+      Vector<T> value = weight;
+      if (factors != nullptr) {
+        const T* const own = factors + k * size + j;
+        value *= whole ? load(own) : load_some(own, lanes, T(1));
+      }
+      value = place == static_cast<typename SimdTypes<T>::Integer>(k) ? value : Vector<T>{};
+      T* const to = weights + k * plane_stride + j;
+      if (whole) {
+        store(to, value);
+      } else {
+        store_some(to, value, lanes);
+      }
+    }
+  }
+}
+
 template <typename T>
 void project_row(const T* row, const T* w, T* out, int64_t size, T inverse_norm, T unscale) {
   Vector<T> dots[4] = {};
@@ -331,7 +678,14 @@ constexpr RowKernels<T> kTable{
     .add_tangent = add_tangent<T>,
     .finish_row = finish_row<T>,
     .sum_block = sum_block<T>,
+    .sum_hard_block = sum_hard_block<T>,
+    .logits_row = logits_row<T>,
     .softmax_row = softmax_row<T>,
+    .weigh_row = weigh_row<T>,
+    .sum_binary_block = sum_binary_block<T>,
+    .weigh_binary_row = weigh_binary_row<T>,
+    .fold_row = fold_row<T>,
+    .spread_row = spread_row<T>,
     .project_row = project_row<T>};
 
 } // namespace

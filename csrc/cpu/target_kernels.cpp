@@ -8,30 +8,40 @@
 #include "cpu/row_kernels.h"
 #include "math/team.h"
 #include "sweep/combine_rows.h"
+#include "sweep/hard_rows.h"
+#include "sweep/merge_hardest.h"
 #include "sweep/target_rows.h"
 
 namespace torchmargin::cpu {
 namespace {
 
-// measure_row() by the row kernels.
+// measure_against() by the row kernels.
 template <typename T>
-RowState measure_contiguous_row(const TargetContext& context, int64_t row) {
+RowState measure_contiguous(const TargetContext& context, int64_t row, RowState state, int64_t center) {
   const RowKernels<T>& kernels = row_kernels<T>();
-  const T* const x = contiguous_row<T>(context.input, row);
-  const int64_t target = context.target[row];
-  RowState state{};
-  state.x_squared = kernels.squared_norm(x, context.features);
-  if (target < 0 || target >= context.classes) {
-    return state;
-  }
-  const T* const w = contiguous_row<T>(context.weight, target);
+  const T* const w = contiguous_row<T>(context.weight, center);
   state.w_squared = kernels.squared_norm(w, context.features);
   const double inverse_x = inverse_norm(state.x_squared);
   const double inverse_w = inverse_norm(state.w_squared);
   if (inverse_x != 0.0 && inverse_w != 0.0) {
-    kernels.distances(x, w, context.features, inverse_x, inverse_w, &state.delta_squared, &state.sigma_squared);
+    kernels.distances(
+        contiguous_row<T>(context.input, row), w, context.features, inverse_x, inverse_w, &state.delta_squared,
+        &state.sigma_squared);
   }
   return state;
+}
+
+// measure_row() by the row kernels.
+template <typename T>
+RowState measure_contiguous_row(const TargetContext& context, int64_t row) {
+  const int64_t target = context.target[row];
+  RowState state{};
+  state.x_squared = row_kernels<T>().squared_norm(contiguous_row<T>(context.input, row), context.features);
+  if (target < 0 || target >= context.classes) {
+    return state;
+  }
+  return nearest_center(
+      context, target, [&](int64_t center) { return measure_contiguous<T>(context, row, state, center); });
 }
 
 // The sum of A_i . B_j over the other classes. `scratch`: [D].
@@ -61,6 +71,36 @@ void target_rows_range(const TargetRowsArgs& args, c10::ScalarType acc, int64_t 
     with_dtype(args.context.input.dtype, [&](auto scalar) {
       for (int64_t i = begin; i < end; ++i) {
         target_row<decltype(scalar), T>(args, i, Alone());
+      }
+    });
+  });
+}
+
+void hard_rows_range(const HardRowsArgs& args, c10::ScalarType /*acc*/, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    args.hard[i] = hard_row(args, i);
+  }
+}
+
+void merge_hardest_range(const MergeHardestArgs& args, c10::ScalarType acc, int64_t begin, int64_t end) {
+  const TargetContext& context = args.context;
+  with_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    if (has_contiguous_rows<T>(context)) {
+      for (int64_t i = begin; i < end; ++i) {
+        RowState of_row{};
+        of_row.x_squared = args.state[i].x_squared;
+        merge_hardest_lists<T>(args, i, Alone(), [&](int64_t class_index) {
+          return logit_of_state(context, nearest_center(context, class_index, [&](int64_t center) {
+                                  return measure_contiguous<T>(context, i, of_row, center);
+                                }));
+        });
+      }
+      return;
+    }
+    with_dtype(context.input.dtype, [&](auto scalar) {
+      for (int64_t i = begin; i < end; ++i) {
+        merge_hardest_row<decltype(scalar), T>(args, i, Alone());
       }
     });
   });

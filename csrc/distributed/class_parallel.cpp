@@ -114,7 +114,8 @@ CrossEntropyOptions check(TORCHMARGIN_CLASS_PARALLEL_PARAMETERS) {
     make_linear_problem(
         kOp, widens(input, weights[i]) ? input.to(at::kFloat) : input, weights[i], target,
         biases.has_value() ? std::optional<at::Tensor>((*biases)[i]) : std::nullopt, TORCHMARGIN_MARGINS_ARGUMENTS,
-        normalize_input, normalize_weight, compute_dtype);
+        normalize_input, normalize_weight, compute_dtype, /*sub_centers=*/1, /*hard_threshold=*/std::nullopt,
+        /*hard_coefficients=*/std::nullopt);
   }
   return options;
 }
@@ -184,11 +185,12 @@ at::Tensor class_parallel_cross_entropy(TORCHMARGIN_CLASS_PARALLEL_PARAMETERS) {
   std::vector<at::Tensor> target_logit;
   std::vector<at::Tensor> logit_sum;
   for (size_t i = 0; i < weights.size(); ++i) {
-    auto [o, t, z, angle, largest, plain] = partials_of.call(
+    auto [o, t, z, angle, largest, plain, hardest_logit, hardest_class] = partials_of.call(
         rows, weights[i], labels - class_starts[i],
         biases.has_value() ? std::optional<at::Tensor>((*biases)[i]) : std::nullopt, scale, m1, m2, m3,
         margins.sample_m2, margins.sample_m3, margins.sample_margin_weight, extension, margin_weight, margin_gradient,
-        normalize_input, normalize_weight, lowest, /*with_logit_sum=*/smoothed, /*with_plain_logit=*/false,
+        normalize_input, normalize_weight, lowest, /*sub_centers=*/1, /*hard_threshold=*/std::nullopt,
+        /*hard_coefficients=*/std::nullopt, /*hardest=*/0, /*with_logit_sum=*/smoothed, /*with_plain_logit=*/false,
         static_cast<int64_t>(weights.size()));
     other_lse.push_back(o);
     target_logit.push_back(t);

@@ -26,20 +26,43 @@
 #define TORCHMARGIN_LINEAR_OPTIONS_SCHEMA                     \
   "Tensor? bias=None, *, " TORCHMARGIN_MARGINS_SCHEMA         \
   ", bool normalize_input=True, bool normalize_weight=True, " \
-  "ScalarType? compute_dtype=None"
+  "ScalarType? compute_dtype=None, int sub_centers=1, "       \
+  "Tensor? hard_threshold=None, Tensor? hard_coefficients=None"
 #define TORCHMARGIN_LINEAR_SCHEMA "Tensor input, Tensor weight, Tensor target, " TORCHMARGIN_LINEAR_OPTIONS_SCHEMA
 #define TORCHMARGIN_LINEAR_OPTION_PARAMETERS                                                                         \
   const std::optional<at::Tensor>&bias, TORCHMARGIN_MARGINS_PARAMETERS, bool normalize_input, bool normalize_weight, \
-      std::optional<at::ScalarType> compute_dtype
+      std::optional<at::ScalarType> compute_dtype, int64_t sub_centers,                                              \
+      const std::optional<at::Tensor>&hard_threshold, const std::optional<at::Tensor>&hard_coefficients
 #define TORCHMARGIN_LINEAR_PARAMETERS \
   const at::Tensor &input, const at::Tensor &weight, const at::Tensor &target, TORCHMARGIN_LINEAR_OPTION_PARAMETERS
-#define TORCHMARGIN_LINEAR_ARGUMENTS \
-  input, weight, target, bias, TORCHMARGIN_MARGINS_ARGUMENTS, normalize_input, normalize_weight, compute_dtype
+#define TORCHMARGIN_LINEAR_ARGUMENTS                                                                            \
+  input, weight, target, bias, TORCHMARGIN_MARGINS_ARGUMENTS, normalize_input, normalize_weight, compute_dtype, \
+      sub_centers, hard_threshold, hard_coefficients
+
+// What makes losses and logits takes beyond them; linear_margin_lse_hardest has no margin for its hardest classes.
+#define TORCHMARGIN_HARDEST_SCHEMA ", int hardest=0, float hardest_margin=0.0"
+#define TORCHMARGIN_HARDEST_PARAMETERS int64_t hardest, double hardest_margin
+#define TORCHMARGIN_HARDEST_ARGUMENTS hardest, hardest_margin
+
+// ---- one against all ------------------------------------------------------------------------
+#define TORCHMARGIN_BINARY_SCHEMA                                                                              \
+  "Tensor input, Tensor weight, Tensor target, Tensor? bias=None, *, float scale=1.0, float margin=0.0, "      \
+  "str kind=\"c\", float power=1.0, float positive_weight=1.0, float negative_weight=1.0, int sub_centers=1, " \
+  "ScalarType? compute_dtype=None, int ignore_index=-100, str reduction=\"mean\""
+#define TORCHMARGIN_BINARY_PARAMETERS                                                                                 \
+  const at::Tensor &input, const at::Tensor &weight, const at::Tensor &target, const std::optional<at::Tensor>&bias,  \
+      double scale, double margin, std::string_view kind, double power, double positive_weight,                       \
+      double negative_weight, int64_t sub_centers, std::optional<at::ScalarType> compute_dtype, int64_t ignore_index, \
+      std::string_view reduction
+#define TORCHMARGIN_BINARY_ARGUMENTS                                                                      \
+  input, weight, target, bias, scale, margin, kind, power, positive_weight, negative_weight, sub_centers, \
+      compute_dtype, ignore_index, reduction
 
 // The linear forward of one block of classes among others: see linear.cpp.
-#define TORCHMARGIN_PARTIALS_SCHEMA ", bool with_logit_sum=True, bool with_plain_logit=False, int calls=1"
-#define TORCHMARGIN_PARTIALS_PARAMETERS bool with_logit_sum, bool with_plain_logit, int64_t calls
-#define TORCHMARGIN_PARTIALS_ARGUMENTS with_logit_sum, with_plain_logit, calls
+#define TORCHMARGIN_PARTIALS_SCHEMA \
+  ", int hardest=0, bool with_logit_sum=True, bool with_plain_logit=False, int calls=1"
+#define TORCHMARGIN_PARTIALS_PARAMETERS int64_t hardest, bool with_logit_sum, bool with_plain_logit, int64_t calls
+#define TORCHMARGIN_PARTIALS_ARGUMENTS hardest, with_logit_sum, with_plain_logit, calls
 
 // ---- the ops on given cosines -------------------------------------------------------------
 #define TORCHMARGIN_COSINE_SCHEMA "Tensor cosine, Tensor target, *, " TORCHMARGIN_MARGINS_SCHEMA
@@ -66,12 +89,15 @@
       const std::optional<at::Tensor>&sample_margin_weight
 #define TORCHMARGIN_PACKED_MARGINS_ARGUMENTS sample_m2, sample_m3, target, sample_margin_weight
 
-#define TORCHMARGIN_PACKED_LINEAR_SCHEMA \
-  "Tensor input, Tensor weight, Tensor? bias, " TORCHMARGIN_PACKED_MARGINS_SCHEMA ", float[] numbers"
-#define TORCHMARGIN_PACKED_LINEAR_PARAMETERS                                               \
-  const at::Tensor &input, const at::Tensor &weight, const std::optional<at::Tensor>&bias, \
-      TORCHMARGIN_PACKED_MARGINS_PARAMETERS, at::ArrayRef<double> numbers
-#define TORCHMARGIN_PACKED_LINEAR_ARGUMENTS input, weight, bias, TORCHMARGIN_PACKED_MARGINS_ARGUMENTS, numbers
+#define TORCHMARGIN_PACKED_LINEAR_SCHEMA                                          \
+  "Tensor input, Tensor weight, Tensor? bias, " TORCHMARGIN_PACKED_MARGINS_SCHEMA \
+  ", Tensor? hard_threshold, Tensor? hard_coefficients, float[] numbers"
+#define TORCHMARGIN_PACKED_LINEAR_PARAMETERS                                                 \
+  const at::Tensor &input, const at::Tensor &weight, const std::optional<at::Tensor>&bias,   \
+      TORCHMARGIN_PACKED_MARGINS_PARAMETERS, const std::optional<at::Tensor>&hard_threshold, \
+      const std::optional<at::Tensor>&hard_coefficients, at::ArrayRef<double> numbers
+#define TORCHMARGIN_PACKED_LINEAR_ARGUMENTS \
+  input, weight, bias, TORCHMARGIN_PACKED_MARGINS_ARGUMENTS, hard_threshold, hard_coefficients, numbers
 
 #define TORCHMARGIN_PACKED_COSINE_SCHEMA "Tensor cosine, " TORCHMARGIN_PACKED_MARGINS_SCHEMA ", float[] numbers"
 #define TORCHMARGIN_PACKED_COSINE_PARAMETERS \
@@ -90,16 +116,18 @@
   const std::optional<at::Tensor>&grad_other_lse, const std::optional<at::Tensor>&grad_target_logit, \
       const std::optional<at::Tensor>&grad_logit_sum
 #define TORCHMARGIN_UPSTREAM_ARGUMENTS grad_other_lse, grad_target_logit, grad_logit_sum
-#define TORCHMARGIN_BACKWARD_REQUEST_SCHEMA                                                                           \
-  TORCHMARGIN_UPSTREAM_SCHEMA                                                                                         \
-  ", Tensor other_lse, Tensor kept, Tensor inverse_norms, Tensor weight_sum, Tensor row_state, Tensor weight_scale, " \
-  "bool[5] wanted"
-#define TORCHMARGIN_BACKWARD_REQUEST_PARAMETERS                                                   \
-  TORCHMARGIN_UPSTREAM_PARAMETERS, const at::Tensor &other_lse, const at::Tensor &kept,           \
-      const at::Tensor &inverse_norms, const at::Tensor &weight_sum, const at::Tensor &row_state, \
+#define TORCHMARGIN_BACKWARD_REQUEST_SCHEMA                                                             \
+  TORCHMARGIN_UPSTREAM_SCHEMA                                                                           \
+  ", Tensor? grad_hardest_logit, Tensor other_lse, Tensor hardest_class, Tensor kept, Tensor winners, " \
+  "Tensor inverse_norms, Tensor weight_sum, Tensor row_state, Tensor weight_scale, bool[5] wanted"
+#define TORCHMARGIN_BACKWARD_REQUEST_PARAMETERS                                                                     \
+  TORCHMARGIN_UPSTREAM_PARAMETERS, const std::optional<at::Tensor>&grad_hardest_logit, const at::Tensor &other_lse, \
+      const at::Tensor &hardest_class, const at::Tensor &kept, const at::Tensor &winners,                           \
+      const at::Tensor &inverse_norms, const at::Tensor &weight_sum, const at::Tensor &row_state,                   \
       const at::Tensor &weight_scale, std::array<bool, 5> wanted
-#define TORCHMARGIN_BACKWARD_REQUEST_ARGUMENTS \
-  TORCHMARGIN_UPSTREAM_ARGUMENTS, other_lse, {kept, inverse_norms, weight_sum, row_state, weight_scale}, wanted
+#define TORCHMARGIN_BACKWARD_REQUEST_ARGUMENTS                                  \
+  TORCHMARGIN_UPSTREAM_ARGUMENTS, grad_hardest_logit, other_lse, hardest_class, \
+      {kept, winners, inverse_norms, weight_sum, row_state, weight_scale}, wanted
 #define TORCHMARGIN_LOGITS_BACKWARD_REQUEST_SCHEMA \
   ", Tensor grad_logits, Tensor inverse_norms, Tensor row_state, bool[5] wanted"
 #define TORCHMARGIN_LOGITS_BACKWARD_REQUEST_PARAMETERS                                         \

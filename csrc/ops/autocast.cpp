@@ -28,6 +28,16 @@ OptionalTensor cast(const OptionalTensor& tensor, at::ScalarType dtype) {
   return tensor.has_value() ? OptionalTensor(cast(*tensor, dtype)) : std::nullopt;
 }
 
+// The lowest precision allowed for the products.
+std::optional<at::ScalarType>
+lowest_dtype(const at::Tensor& input, const at::Tensor& weight, std::optional<at::ScalarType> compute_dtype) {
+  if (!compute_dtype.has_value() && weight.defined() && weight.scalar_type() == at::kFloat && input.defined() &&
+      is_narrow(input.scalar_type())) {
+    return at::autocast::get_autocast_dtype(weight.device().type());
+  }
+  return compute_dtype;
+}
+
 // Calls a linear op below autocast with its tensors cast. `Target` is Tensor or optional Tensor.
 template <typename Op, typename Target, typename... More>
 auto call_linear(
@@ -39,17 +49,15 @@ auto call_linear(
     More... more) {
   const c10::impl::ExcludeDispatchKeyGuard below(c10::autocast_dispatch_keyset);
   const at::ScalarType dtype = weight.scalar_type();
-  std::optional<at::ScalarType> lowest = compute_dtype;
-  if (!lowest.has_value() && dtype == at::kFloat && is_narrow(input.scalar_type())) {
-    lowest = at::autocast::get_autocast_dtype(weight.device().type());
-  }
+  const auto lowest = lowest_dtype(input, weight, compute_dtype);
   return op.call(
       cast(input, dtype), weight, target, cast(bias, dtype), scale, m1, m2, m3, cast(sample_m2, at::kFloat),
       cast(sample_m3, at::kFloat), cast(sample_margin_weight, at::kFloat), extension, margin_weight, margin_gradient,
-      normalize_input, normalize_weight, lowest, more...);
+      normalize_input, normalize_weight, lowest, sub_centers, hard_threshold, hard_coefficients, more...);
 }
 
 using LseTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using LseHardestTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using LossTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 LseTuple linear_margin_lse_autocast(TORCHMARGIN_LINEAR_PARAMETERS) {
@@ -57,16 +65,62 @@ LseTuple linear_margin_lse_autocast(TORCHMARGIN_LINEAR_PARAMETERS) {
   return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS);
 }
 
-at::Tensor linear_margin_cross_entropy_autocast(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
-  static const auto op = find_op<at::Tensor(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS)>(
-      "torchmargin::linear_margin_cross_entropy");
-  return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS);
+LseHardestTuple linear_margin_lse_hardest_autocast(TORCHMARGIN_LINEAR_PARAMETERS, int64_t hardest) {
+  static const auto op =
+      find_op<LseHardestTuple(TORCHMARGIN_LINEAR_PARAMETERS, int64_t)>("torchmargin::linear_margin_lse_hardest");
+  return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS, hardest);
 }
 
-LossTuple linear_margin_cross_entropy_statistics_autocast(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
-  static const auto op = find_op<LossTuple(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS)>(
-      "torchmargin::_linear_margin_cross_entropy_statistics");
-  return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS);
+at::Tensor linear_margin_cross_entropy_autocast(
+    TORCHMARGIN_LINEAR_PARAMETERS,
+    TORCHMARGIN_HARDEST_PARAMETERS,
+    TORCHMARGIN_LOSS_PARAMETERS) {
+  static const auto op =
+      find_op<at::Tensor(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_HARDEST_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS)>(
+          "torchmargin::linear_margin_cross_entropy");
+  return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_HARDEST_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS);
+}
+
+LossTuple linear_margin_cross_entropy_statistics_autocast(
+    TORCHMARGIN_LINEAR_PARAMETERS,
+    TORCHMARGIN_HARDEST_PARAMETERS,
+    TORCHMARGIN_LOSS_PARAMETERS) {
+  static const auto op =
+      find_op<LossTuple(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_HARDEST_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS)>(
+          "torchmargin::_linear_margin_cross_entropy_statistics");
+  return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_HARDEST_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS);
+}
+
+template <typename Op>
+auto call_binary(const Op& op, TORCHMARGIN_BINARY_PARAMETERS) {
+  const c10::impl::ExcludeDispatchKeyGuard below(c10::autocast_dispatch_keyset);
+  const at::ScalarType dtype = weight.defined() ? weight.scalar_type() : at::kFloat;
+  return op.call(
+      cast(input, dtype), weight, target, cast(bias, dtype), scale, margin, kind, power, positive_weight,
+      negative_weight, sub_centers, lowest_dtype(input, weight, compute_dtype), ignore_index, reduction);
+}
+
+at::Tensor linear_margin_binary_cross_entropy_autocast(TORCHMARGIN_BINARY_PARAMETERS) {
+  static const auto op =
+      find_op<at::Tensor(TORCHMARGIN_BINARY_PARAMETERS)>("torchmargin::linear_margin_binary_cross_entropy");
+  return call_binary(op, TORCHMARGIN_BINARY_ARGUMENTS);
+}
+
+LossTuple linear_margin_binary_cross_entropy_statistics_autocast(TORCHMARGIN_BINARY_PARAMETERS) {
+  static const auto op =
+      find_op<LossTuple(TORCHMARGIN_BINARY_PARAMETERS)>("torchmargin::_linear_margin_binary_cross_entropy_statistics");
+  return call_binary(op, TORCHMARGIN_BINARY_ARGUMENTS);
+}
+
+at::Tensor linear_target_angle_autocast(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const at::Tensor& target,
+    int64_t sub_centers) {
+  static const auto op = find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t)>(
+      "torchmargin::linear_target_angle");
+  const c10::impl::ExcludeDispatchKeyGuard below(c10::autocast_dispatch_keyset);
+  return op.call(weight.defined() ? cast(input, weight.scalar_type()) : input, weight, target, sub_centers);
 }
 
 PartialsTuple linear_margin_partials_autocast(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_PARTIALS_PARAMETERS) {
@@ -79,11 +133,12 @@ at::Tensor margin_logits_autocast(
     const at::Tensor& input,
     const at::Tensor& weight,
     const OptionalTensor& target,
-    TORCHMARGIN_LINEAR_OPTION_PARAMETERS) {
+    TORCHMARGIN_LINEAR_OPTION_PARAMETERS,
+    TORCHMARGIN_HARDEST_PARAMETERS) {
   static const auto op = find_op<at::Tensor(
-      const at::Tensor&, const at::Tensor&, const OptionalTensor&, TORCHMARGIN_LINEAR_OPTION_PARAMETERS)>(
-      "torchmargin::margin_logits");
-  return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS);
+      const at::Tensor&, const at::Tensor&, const OptionalTensor&, TORCHMARGIN_LINEAR_OPTION_PARAMETERS,
+      TORCHMARGIN_HARDEST_PARAMETERS)>("torchmargin::margin_logits");
+  return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_HARDEST_ARGUMENTS);
 }
 
 at::Tensor margin_cross_entropy_autocast(TORCHMARGIN_COSINE_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
@@ -103,6 +158,11 @@ at::Tensor margin_transform_autocast(TORCHMARGIN_TRANSFORM_PARAMETERS) {
 
 void register_kernels(torch::Library& library) {
   library.impl("linear_margin_lse", linear_margin_lse_autocast);
+  library.impl("linear_margin_lse_hardest", linear_margin_lse_hardest_autocast);
+  library.impl("linear_margin_binary_cross_entropy", linear_margin_binary_cross_entropy_autocast);
+  library.impl(
+      "_linear_margin_binary_cross_entropy_statistics", linear_margin_binary_cross_entropy_statistics_autocast);
+  library.impl("linear_target_angle", linear_target_angle_autocast);
   library.impl("linear_margin_cross_entropy", linear_margin_cross_entropy_autocast);
   library.impl("_linear_margin_cross_entropy_statistics", linear_margin_cross_entropy_statistics_autocast);
   library.impl("margin_logits", margin_logits_autocast);

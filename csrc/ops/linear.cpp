@@ -8,40 +8,24 @@
 #include <torch/library.h>
 
 #include "ops/cross_entropy.h"
+#include "ops/hard_negatives.h"
+#include "ops/kept_classes.h"
 #include "ops/problem.h"
-#include "plan/sweep_plan.h"
 
 namespace torchmargin {
 namespace {
 
-// How many leading classes' products the forward should keep: none where no backward
-// will come or where the sizes are symbolic (the plan must not guard on them).
-// `calls`: this many forwards hold what they keep at the same time.
-int64_t choose_kept_classes(const LinearProblem& problem, int64_t calls = 1) {
-  const bool backward_will_come =
-      wants_gradient(problem.input) || wants_gradient(problem.weight) || wants_gradient(problem.bias);
-  const auto rows = problem.input.sym_size(0).maybe_as_int();
-  const auto features = problem.input.sym_size(1).maybe_as_int();
-  const auto classes = problem.weight.sym_size(0).maybe_as_int();
-  if (!backward_will_come || !rows || !features || !classes || *classes == 0) {
-    return 0;
-  }
-  const at::Tensor& weight = problem.weight;
-  const SweepPlan plan = make_sweep_plan(
-      {.rows = *rows,
-       .features = *features,
-       .classes = *classes,
-       .dtype = weight.scalar_type(),
-       .compute_dtype = problem.compute_dtype,
-       .weight_in_rows = has_contiguous_rows(weight),
-       .calls = calls},
-      traits_of(weight.device().type()), weight.device().type());
-  return plan.chunks.kept_classes;
+// NB: a shard without the target cannot know the row's own threshold, and a guess would be silently wrong.
+void demand_threshold(std::string_view op, const LinearProblem& problem) {
+  TORCH_CHECK(
+      !problem.hard_coefficients.has_value() || problem.hard_threshold.has_value(), op,
+      ": expected hard_threshold with hard_coefficients: a row's own class may be in another shard");
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_margin_lse(
     TORCHMARGIN_LINEAR_PARAMETERS) {
   const LinearProblem problem = make_linear_problem("linear_margin_lse", TORCHMARGIN_LINEAR_ARGUMENTS);
+  demand_threshold("linear_margin_lse", problem);
   const ForwardResult result = call_linear_forward(
       problem, {.ignore_index = std::nullopt, .with_logit_sum = true, .kept_classes = choose_kept_classes(problem)});
   const at::ScalarType acc = problem.acc();
@@ -50,15 +34,41 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_ma
       result.max_other_logit};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+linear_margin_lse_hardest(TORCHMARGIN_LINEAR_PARAMETERS, int64_t hardest) {
+  constexpr std::string_view op = "linear_margin_lse_hardest";
+  TORCH_CHECK(hardest > 0, op, ": expected hardest to be positive, but got ", hardest);
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_LINEAR_ARGUMENTS, hardest);
+  const ForwardResult r = call_linear_forward(
+      problem, {.ignore_index = std::nullopt, .with_logit_sum = true, .kept_classes = choose_kept_classes(problem)});
+  const at::ScalarType acc = problem.acc();
+  return {r.other_lse.to(acc), r.target_logit.to(acc),  r.logit_sum.to(acc), r.target_angle,
+          r.max_other_logit,   r.hardest_logit.to(acc), r.hardest_class};
+}
+
+// Radians; only the angle: which center is nearest is found again wherever it is needed.
+at::Tensor
+linear_target_angle(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target, int64_t sub_centers) {
+  const LinearProblem problem = make_linear_problem(
+      "linear_target_angle", input, weight, target, /*bias=*/std::nullopt, /*scale=*/1.0, /*m1=*/1.0, /*m2=*/0.0,
+      /*m3=*/0.0, /*sample_m2=*/std::nullopt, /*sample_m3=*/std::nullopt, /*sample_margin_weight=*/std::nullopt, "none",
+      /*margin_weight=*/1.0, "exact", /*normalize_input=*/true, /*normalize_weight=*/true,
+      /*compute_dtype=*/std::nullopt, sub_centers, /*hard_threshold=*/std::nullopt,
+      /*hard_coefficients=*/std::nullopt);
+  const at::NoGradGuard no_grad;
+  return std::get<0>(call_target_rows(problem)).to(problem.acc());
+}
+
 struct Loss {
   LinearProblem problem;
   ForwardResult result;
   at::Tensor value;
 };
 
-Loss linear_loss(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
+Loss linear_loss(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_HARDEST_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
   constexpr std::string_view op = "linear_margin_cross_entropy";
-  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_LINEAR_ARGUMENTS);
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_LINEAR_ARGUMENTS, hardest);
+  check_hardest_margin(op, problem, hardest_margin);
   refuse_no_classes(op, problem);
   const CrossEntropyOptions options = make_cross_entropy_options(op, label_smoothing, ignore_index, reduction);
   const ForwardResult result = call_linear_forward(
@@ -66,14 +76,19 @@ Loss linear_loss(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
       {.ignore_index = ignore_index,
        .with_logit_sum = label_smoothing > 0,
        .kept_classes = choose_kept_classes(problem)});
+  const OtherSums merged =
+      with_hardest({result.other_lse, result.logit_sum}, result.hardest_logit, scale, hardest_margin);
   return {
       problem, result,
       cross_entropy(
-          result.other_lse, result.target_logit, result.logit_sum, target, weight.sym_size(0), problem.acc(), options)};
+          merged.other_lse, result.target_logit, merged.logit_sum, target, problem.classes(), problem.acc(), options)};
 }
 
-at::Tensor linear_margin_cross_entropy(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_LOSS_PARAMETERS) {
-  return linear_loss(TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS).value;
+at::Tensor linear_margin_cross_entropy(
+    TORCHMARGIN_LINEAR_PARAMETERS,
+    TORCHMARGIN_HARDEST_PARAMETERS,
+    TORCHMARGIN_LOSS_PARAMETERS) {
+  return linear_loss(TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_HARDEST_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS).value;
 }
 
 // Each row's logit of its own class without the margin, [B] acc; any number where `valid` is false.
@@ -86,7 +101,7 @@ at::Tensor plain_target_logit(const LinearProblem& problem, const at::Tensor& an
   if (!problem.normalize_input) {
     logit = logit * norms(problem.input);
   }
-  if (!problem.normalize_weight) {
+  if (!problem.normalize_weight) { // and so no sub-centers
     logit = logit * norms(problem.weight.index_select(0, target));
   }
   return problem.bias.has_value() ? logit + problem.bias->index_select(0, target) : logit;
@@ -95,8 +110,10 @@ at::Tensor plain_target_logit(const LinearProblem& problem, const at::Tensor& an
 // The loss and means over the rows that are not ignored: B x D work beside the same sweep.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_margin_cross_entropy_statistics(
     TORCHMARGIN_LINEAR_PARAMETERS,
+    TORCHMARGIN_HARDEST_PARAMETERS,
     TORCHMARGIN_LOSS_PARAMETERS) {
-  const Loss loss = linear_loss(TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS);
+  const Loss loss =
+      linear_loss(TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_HARDEST_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS);
   const at::NoGradGuard no_grad;
   const at::Tensor valid = target.ne(ignore_index);
   const at::Tensor count = valid.sum();
@@ -112,7 +129,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_margin_cross_e
 // be in another block. `calls`: the forwards whose backward will come, this one among them.
 PartialsTuple linear_margin_partials(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_PARTIALS_PARAMETERS) {
   constexpr std::string_view op = "_linear_margin_partials";
-  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_LINEAR_ARGUMENTS);
+  const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_LINEAR_ARGUMENTS, hardest);
+  demand_threshold(op, problem);
   TORCH_CHECK(calls > 0, op, ": expected calls to be positive, but got ", calls);
   const ForwardResult r = call_linear_forward(
       problem,
@@ -122,28 +140,33 @@ PartialsTuple linear_margin_partials(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_
   at::Tensor plain_logit = at::zeros_like(r.target_angle);
   if (with_plain_logit && weight.sym_size(0) > 0) {
     const at::NoGradGuard no_grad;
-    const at::Tensor present = target.ge(0).logical_and(target.lt(weight.sym_size(0)));
+    const at::Tensor present = target.ge(0).logical_and(target.lt(problem.classes()));
     plain_logit = at::where(present, plain_target_logit(problem, r.target_angle, present), plain_logit);
   }
-  return {r.other_lse, r.target_logit, r.logit_sum, r.target_angle, r.max_other_logit, plain_logit};
+  return {r.other_lse,       r.target_logit, r.logit_sum,     r.target_angle,
+          r.max_other_logit, plain_logit,    r.hardest_logit, r.hardest_class};
 }
 
 at::Tensor margin_logits(
     const at::Tensor& input,
     const at::Tensor& weight,
     const std::optional<at::Tensor>& given_target,
-    TORCHMARGIN_LINEAR_OPTION_PARAMETERS) {
+    TORCHMARGIN_LINEAR_OPTION_PARAMETERS,
+    TORCHMARGIN_HARDEST_PARAMETERS) {
   check_given("margin_logits", "input", input);
   const at::Tensor target = given_target.has_value() && given_target->defined()
       ? *given_target
       : at::full_symint({input.dim() > 0 ? input.sym_size(0) : 0}, -1, input.options().dtype(at::kLong));
-  const LinearProblem problem = make_linear_problem("margin_logits", TORCHMARGIN_LINEAR_ARGUMENTS);
+  const LinearProblem problem = make_linear_problem("margin_logits", TORCHMARGIN_LINEAR_ARGUMENTS, hardest);
+  check_hardest_margin("margin_logits", problem, hardest_margin);
   refuse_no_classes("margin_logits", problem);
-  return call_logits_forward(problem).logits;
+  return problem.plain() ? call_logits_forward(problem).logits : head_logits(problem, hardest_margin);
 }
 
 TORCH_LIBRARY_IMPL(torchmargin, CompositeImplicitAutograd, library) {
   library.impl("linear_margin_lse", linear_margin_lse);
+  library.impl("linear_margin_lse_hardest", linear_margin_lse_hardest);
+  library.impl("linear_target_angle", linear_target_angle);
   library.impl("linear_margin_cross_entropy", linear_margin_cross_entropy);
   library.impl("margin_logits", margin_logits);
   library.impl("_linear_margin_partials", linear_margin_partials);

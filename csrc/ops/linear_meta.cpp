@@ -16,17 +16,22 @@ ForwardTuple linear_margin_forward_meta(TORCHMARGIN_PACKED_LINEAR_PARAMETERS, TO
   const auto options = input.options().dtype(problem.acc());
   const auto wide = input.options().dtype(at::kDouble);
   const c10::SymInt rows = input.sym_size(0);
-  const c10::SymInt kept = kept_classes == 0 ? 0 : kept_columns(c10::SymInt(kept_classes), weight.sym_size(0));
+  const c10::SymInt kept = kept_classes == 0 ? 0 : kept_columns(c10::SymInt(kept_classes), problem.classes());
+  const auto matrix = [&](c10::SymInt columns, at::TensorOptions opts) {
+    return at::empty_symint({rows, std::move(columns)}, opts);
+  };
   const auto vector = [&](c10::SymInt size, at::TensorOptions opts) {
     return at::empty_symint({std::move(size)}, opts);
   };
   return to_tuple(ForwardResult{
-      vector(rows, wide), vector(rows, wide), vector(rows, wide), vector(rows, options), vector(rows, options),
+      vector(rows, wide), vector(rows, wide), vector(rows, wide), matrix(problem.hardest, wide), vector(rows, options),
+      vector(rows, options), matrix(problem.hardest, options.dtype(at::kLong)),
       ForwardRecord{
-          .kept = at::empty_symint({rows, kept}, options),
+          .kept = matrix(kept, options),
+          .winners = matrix(problem.sub_centers == 1 ? c10::SymInt(0) : kept, options.dtype(at::kByte)),
           .inverse_norms = vector(problem.normalize_weight ? weight.sym_size(0) : c10::SymInt(0), options),
-          .weight_sum = vector(with_logit_sum ? input.sym_size(1) : c10::SymInt(0), wide),
-          .row_state = at::empty_symint({rows, kRowStateSize}, wide),
+          .weight_sum = vector(weight_sum_size(problem, with_logit_sum), wide),
+          .row_state = matrix(kRowStateSize, wide),
           .weight_scale = vector(problem.normalize_weight ? 0 : 1, wide)}});
 }
 
@@ -51,6 +56,12 @@ BackwardTuple linear_margin_backward_meta(
   return gradients_meta(problem, wanted);
 }
 
+TargetTuple linear_target_rows_meta(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
+  make_linear_problem("_linear_target_rows", TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
+  const auto wide = input.options().dtype(at::kDouble);
+  return {at::empty_symint({input.sym_size(0)}, wide), at::empty_symint({input.sym_size(0), kRowStateSize}, wide)};
+}
+
 LogitsTuple margin_logits_forward_meta(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
   const LinearProblem problem = make_linear_problem("_margin_logits_forward", TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
   const auto options = input.options().dtype(problem.acc());
@@ -73,6 +84,7 @@ BackwardTuple margin_logits_backward_meta(
 TORCH_LIBRARY_IMPL(torchmargin, Meta, library) {
   library.impl("_linear_margin_forward", linear_margin_forward_meta);
   library.impl("_linear_margin_backward", linear_margin_backward_meta);
+  library.impl("_linear_target_rows", linear_target_rows_meta);
   library.impl("_margin_logits_forward", margin_logits_forward_meta);
   library.impl("_margin_logits_backward", margin_logits_backward_meta);
 }

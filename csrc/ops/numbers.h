@@ -7,10 +7,12 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <cstdint>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
+#include "math/one_against_all.h"
 #include "torchmargin/margin.h"
 
 namespace torchmargin {
@@ -22,6 +24,8 @@ template <>
 inline constexpr int kCount<Extension> = static_cast<int>(Extension::continuous) + 1;
 template <>
 inline constexpr int kCount<MarginGradient> = static_cast<int>(MarginGradient::straight_through) + 1;
+template <>
+inline constexpr int kCount<BinaryKind> = static_cast<int>(BinaryKind::before) + 1;
 template <>
 inline constexpr int kCount<bool> = 2;
 template <>
@@ -56,6 +60,13 @@ class NumberReader {
         number >= 0 && number < kCount<Field> && number == std::floor(number),
         "torchmargin: a private op was given numbers that it cannot read: ", number, " at ", place_ - 1);
     field = static_cast<Field>(static_cast<int>(number));
+  }
+  void operator()(int64_t& field) {
+    const double number = next();
+    TORCH_CHECK(
+        number == std::floor(number) && std::fabs(number) < 0x1p53,
+        "torchmargin: a private op was given numbers that it cannot read: ", number, " at ", place_ - 1);
+    field = static_cast<int64_t>(number);
   }
   void operator()(std::optional<c10::ScalarType>& dtype) {
     dtype = std::nullopt;

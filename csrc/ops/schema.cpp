@@ -9,30 +9,41 @@ TORCH_LIBRARY(torchmargin, library) {
   library.def(
       "linear_margin_lse(" TORCHMARGIN_LINEAR_SCHEMA
       ") -> (Tensor other_lse, Tensor target_logit, Tensor logit_sum, Tensor target_angle, Tensor max_other_logit)");
-  library.def("linear_margin_cross_entropy(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_LOSS_SCHEMA ") -> Tensor");
+  library.def("linear_margin_lse_hardest(" TORCHMARGIN_LINEAR_SCHEMA
+              ", int hardest) -> (Tensor other_lse, Tensor target_logit, Tensor logit_sum, Tensor target_angle, "
+              "Tensor max_other_logit, Tensor hardest_logit, Tensor hardest_class)");
+  library.def(
+      "linear_margin_cross_entropy(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_HARDEST_SCHEMA TORCHMARGIN_LOSS_SCHEMA
+      ") -> Tensor");
+  library.def("linear_target_angle(Tensor input, Tensor weight, Tensor target, *, int sub_centers=1) -> Tensor");
   library.def("margin_logits(Tensor input, Tensor weight, Tensor? target=None, " TORCHMARGIN_LINEAR_OPTIONS_SCHEMA
-              ") -> Tensor");
+                  TORCHMARGIN_HARDEST_SCHEMA ") -> Tensor");
   library.def("margin_cross_entropy(" TORCHMARGIN_COSINE_SCHEMA TORCHMARGIN_LOSS_SCHEMA ") -> Tensor");
   library.def("margin_transform(" TORCHMARGIN_TRANSFORM_SCHEMA ") -> Tensor");
   // Private: the loss with what the modules report of a batch, 0-dim each.
-  library.def("_linear_margin_cross_entropy_statistics(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_LOSS_SCHEMA
+  library.def("_linear_margin_cross_entropy_statistics(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_HARDEST_SCHEMA
+                  TORCHMARGIN_LOSS_SCHEMA
+              ") -> (Tensor loss, Tensor target_angle, Tensor accuracy, Tensor hardest_negative_logit)");
+  library.def("linear_margin_binary_cross_entropy(" TORCHMARGIN_BINARY_SCHEMA ") -> Tensor");
+  library.def("_linear_margin_binary_cross_entropy_statistics(" TORCHMARGIN_BINARY_SCHEMA
               ") -> (Tensor loss, Tensor target_angle, Tensor accuracy, Tensor hardest_negative_logit)");
   // Private: one block of classes among others. See ops/linear.cpp.
   library.def("_linear_margin_partials(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_PARTIALS_SCHEMA
               ") -> (Tensor other_lse, Tensor target_logit, Tensor logit_sum, Tensor target_angle, "
-              "Tensor max_other_logit, Tensor plain_target_logit)");
+              "Tensor max_other_logit, Tensor plain_target_logit, Tensor hardest_logit, Tensor hardest_class)");
   // Private: the loss from the forward's results. See ops/cross_entropy.cpp.
   library.def("_margin_loss(" TORCHMARGIN_LOSS_OP_SCHEMA ") -> Tensor");
   library.def("_margin_loss_backward(" TORCHMARGIN_LOSS_BACKWARD_OP_SCHEMA
               ") -> (Tensor grad_other_lse, Tensor grad_target_logit, Tensor grad_mean_logit)");
   // Private: the forward with what its backward needs, and that backward. See ops/problem.h.
   library.def("_linear_margin_forward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA TORCHMARGIN_FORWARD_REQUEST_SCHEMA
-              ") -> (Tensor other_lse, Tensor target_logit, Tensor logit_sum, Tensor target_angle, "
-              "Tensor max_other_logit, Tensor kept, Tensor inverse_norms, Tensor weight_sum, Tensor row_state, "
-              "Tensor weight_scale)");
+              ") -> (Tensor other_lse, Tensor target_logit, Tensor logit_sum, Tensor hardest_logit, "
+              "Tensor target_angle, Tensor max_other_logit, Tensor hardest_class, Tensor kept, Tensor winners, "
+              "Tensor inverse_norms, Tensor weight_sum, Tensor row_state, Tensor weight_scale)");
   library.def("_linear_margin_backward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA TORCHMARGIN_BACKWARD_REQUEST_SCHEMA
               ") -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_sample_m2, "
               "Tensor grad_sample_m3)");
+  library.def("_linear_target_rows(" TORCHMARGIN_PACKED_LINEAR_SCHEMA ") -> (Tensor target_angle, Tensor row_state)");
   library.def("_margin_logits_forward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA
               ") -> (Tensor logits, Tensor inverse_norms, Tensor row_state)");
   library.def("_margin_logits_backward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA TORCHMARGIN_LOGITS_BACKWARD_REQUEST_SCHEMA

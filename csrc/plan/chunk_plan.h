@@ -29,10 +29,15 @@ struct SweepSizes {
   bool widen_gradients; // gradients are summed in acc before they are rounded (16-bit)
   int64_t threads; // that can sweep side by side; 1 where the device works on one chunk at a time
   TilePreference preferred = kCpuTile;
+  int64_t centers = 1; // K: weights of each class
 
   // The row length of a workspace matrix with `columns` columns.
   int64_t padded(int64_t columns) const {
     return (columns + preferred.alignment - 1) / preferred.alignment * preferred.alignment;
+  }
+  // Of what is kept for a row and a class: a product, or the largest cosine and whose it is.
+  int64_t kept_bytes() const {
+    return acc_bytes + (centers > 1 ? 1 : 0);
   }
 };
 
@@ -56,15 +61,17 @@ struct ChunkPlan {
 };
 
 // The workspace of the backward pass, which is the larger one. Each lane: a tile of
-// logits, the softmax weights if they are narrower, a chunk of weight gradients, and a chunk of weights
-// if they are converted. Together: the row operand twice (plain and times the upstream gradient),
-// and the sums of input gradients that are not in the gradient itself.
+// logits (with sub-centers a plane for each, and which of them wins), the softmax weights if they are narrower, a chunk
+// of weight gradients, and a chunk of weights if they are converted. Together: the row operand twice (plain and times
+// the upstream gradient), and the sums of input gradients that are not in the gradient itself.
 inline int64_t scratch_bytes(const SweepSizes& sizes, const ChunkPlan& plan) {
   const int64_t features = sizes.padded(sizes.features);
   const int64_t logit_bytes = sizes.acc_bytes + (sizes.operand_bytes < sizes.acc_bytes ? sizes.operand_bytes : 0);
   const int64_t weight_bytes = sizes.acc_bytes + (sizes.convert_weight ? sizes.operand_bytes : 0);
-  const int64_t lane =
-      plan.row_tile * sizes.padded(plan.class_chunk) * logit_bytes + plan.class_chunk * features * weight_bytes;
+  const int64_t winners = sizes.centers > 1 ? plan.row_tile * sizes.padded(plan.class_chunk) : 0;
+  const int64_t lane = winners +
+      sizes.centers *
+          (plan.row_tile * sizes.padded(plan.class_chunk) * logit_bytes + plan.class_chunk * features * weight_bytes);
   const int64_t operand_rows = plan.whole_operands(sizes.rows) ? sizes.rows : plan.row_tile;
   const int64_t own_memory = sizes.widen_gradients || plan.input_splits > 1 ? 1 : 0;
   const int64_t input_sums = plan.lanes * plan.input_splits - 1 + own_memory;
@@ -109,8 +116,9 @@ inline ChunkPlan choose_chunk_plan(const SweepSizes& sizes, int64_t workspace_li
   const int64_t rows = std::min(sizes.preferred.elements / sizes.classes, sizes.preferred.most_rows);
   largest.row_tile = std::clamp<int64_t>(sizes.rows, 1, std::max(rows, sizes.preferred.rows));
   largest.class_chunk = std::clamp<int64_t>(
-      std::min(sizes.preferred.elements / largest.row_tile, sizes.preferred.weight_elements / sizes.features), 1,
-      std::min(sizes.classes, sizes.preferred.classes));
+      std::min(sizes.preferred.elements / largest.row_tile, sizes.preferred.weight_elements / sizes.features) /
+          sizes.centers,
+      1, std::min(sizes.classes, sizes.preferred.classes));
   if (sizes.preferred.output_tiles > 0 && kOutputTile < largest.class_chunk && largest.class_chunk < sizes.classes) {
     largest.class_chunk -= largest.class_chunk % kOutputTile;
   }
@@ -131,7 +139,7 @@ inline ChunkPlan choose_chunk_plan(const SweepSizes& sizes, int64_t workspace_li
   plan.scratch_bytes = scratch_bytes(sizes, plan);
   plan.fits = plan.scratch_bytes <= workspace_limit;
   if (plan.fits && sizes.rows > 0) {
-    const int64_t spare = (workspace_limit - plan.scratch_bytes) / (calls * sizes.rows * sizes.acc_bytes);
+    const int64_t spare = (workspace_limit - plan.scratch_bytes) / (calls * sizes.rows * sizes.kept_bytes());
     const int64_t some = std::min(spare, sizes.classes - 1);
     plan.kept_classes =
         spare >= kept_columns(sizes.classes, sizes.classes) ? sizes.classes : some - some % plan.class_chunk;

@@ -20,7 +20,8 @@ SweepPlan make_sweep_plan(const PlanRequest& request, const DeviceTraits& device
       .convert_weight = plan.operands.unit_vectors || plan.operands.dtype != request.dtype || !request.weight_in_rows,
       .widen_gradients = acc != request.dtype,
       .threads = device.lanes && !at::in_parallel_region() ? at::get_num_threads() : 1,
-      .preferred = device.tile};
+      .preferred = device.tile,
+      .centers = request.centers};
   plan.limit = workspace_limit(limit_of);
   plan.chunks = choose_chunk_plan(plan.sizes, plan.limit, request.calls);
   return plan;

@@ -23,6 +23,7 @@ struct PlanRequest {
   bool weight_in_rows = true; // the features of a class are contiguous
   bool wide = false; // products are made in acc, whatever is allowed
   int64_t calls = 1; // that hold what they keep at the same time
+  int64_t centers = 1; // K: weights of each class
 };
 
 struct SweepPlan {

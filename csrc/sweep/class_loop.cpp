@@ -13,6 +13,10 @@
 namespace torchmargin {
 namespace {
 
+int64_t class_count(const LinearProblem& problem) {
+  return problem.weight.size(0) / problem.sub_centers;
+}
+
 // The largest power of two that brings every row of the weight to a norm of at most 1, [1] float64.
 at::Tensor unit_power_of_two(const ClassLoop& loop) {
   const at::Tensor norms = loop.empty({loop.sizes().classes});
@@ -33,7 +37,7 @@ at::Tensor unit_power_of_two(const ClassLoop& loop) {
 bool sums_are_bounded(const LinearProblem& problem) {
   const double scale = problem.margins.parameters.scale;
   return problem.normalize_input && problem.normalize_weight && !problem.bias.has_value() && scale <= 71.0 &&
-      scale * 1.4426950408889634 + std::log2(static_cast<double>(problem.weight.size(0))) < 127.0;
+      scale * 1.4426950408889634 + std::log2(static_cast<double>(class_count(problem))) < 127.0;
 }
 
 } // namespace
@@ -64,11 +68,13 @@ ClassLoop::ClassLoop(
       plan_(make_sweep_plan(
           {.rows = problem.input.size(0),
            .features = problem.input.size(1),
-           .classes = problem.weight.size(0),
+           .classes = class_count(problem),
            .dtype = problem.weight.scalar_type(),
            .compute_dtype = problem.compute_dtype,
            .weight_in_rows = has_contiguous_rows(problem.weight),
-           .wide = operands == Operands::wide},
+           // NB: slopes past what 16 bits hold, where the angle is next to nothing.
+           .wide = operands == Operands::wide || problem.binary.kind == BinaryKind::angle,
+           .centers = problem.sub_centers},
           device.traits,
           problem.input.device().type())),
       bounded_(sums_are_bounded(problem)) {
@@ -77,7 +83,7 @@ ClassLoop::ClassLoop(
       sizes().rows, " rows, ", sizes().features, " features and ", sizes().classes, " classes in ",
       problem.input.scalar_type(), "; it needs at least ", plan().scratch_bytes, " bytes");
   if (problem.bias.has_value()) {
-    bias_ = problem.bias->to(acc()).contiguous();
+    bias_ = problem.bias->to(acc()).contiguous(); // [C], or 0-dim: one against all
   }
   if (this->operands().unit_vectors && !problem.normalize_weight) {
     weight_scale_ = weight_scale.defined() ? weight_scale : unit_power_of_two(*this);
@@ -99,15 +105,17 @@ at::Tensor ClassLoop::double_zeros(at::IntArrayRef shape) const {
 }
 
 at::Tensor ClassLoop::weight_buffer() const {
-  return sizes().convert_weight ? empty({plan().class_chunk, sizes().padded(sizes().features)}, operands().dtype)
-                                : at::Tensor();
+  return sizes().convert_weight
+      ? empty({plan().class_chunk * centers(), sizes().padded(sizes().features)}, operands().dtype)
+      : at::Tensor();
 }
 
 at::Tensor ClassLoop::load_weight(
-    Range classes,
+    Range classes_of_chunk,
     const at::Tensor& buffer,
     const at::Tensor& inverse_norms,
     double* weight_sum) const {
+  const Range classes = weight_rows(classes_of_chunk);
   const at::Tensor chunk = rows_of(problem_.weight, classes);
   at::Tensor rows = chunk; // what the kernel reads
   at::Tensor operand = chunk;
@@ -141,7 +149,46 @@ at::Tensor ClassLoop::load_weight(
 }
 
 at::Tensor ClassLoop::tile_buffer(at::ScalarType dtype) const {
-  return empty({plan().row_tile * sizes().padded(plan().class_chunk)}, dtype);
+  return empty({plan().row_tile * sizes().padded(plan().class_chunk) * centers()}, dtype);
+}
+
+at::Tensor ClassLoop::winner_buffer() const {
+  return centers() == 1 ? at::Tensor() : empty({plan().row_tile * sizes().padded(plan().class_chunk)}, at::kByte);
+}
+
+at::Tensor ClassLoop::planes_in(const at::Tensor& buffer, Range rows, Range classes) const {
+  const int64_t plane = sizes().padded(classes.count);
+  return buffer.as_strided({rows.count, centers(), classes.count}, {centers() * plane, plane, 1});
+}
+
+at::Tensor ClassLoop::center_factors(Range classes, const at::Tensor& inverse_norms) const {
+  if (operands().unit_vectors) {
+    return at::Tensor();
+  }
+  return rows_of(inverse_norms, weight_rows(classes)).view({classes.count, centers()}).t().contiguous();
+}
+
+at::Tensor ClassLoop::hard_rows(const at::Tensor& state) const {
+  if (!problem_.hard_coefficients.has_value()) {
+    return at::Tensor();
+  }
+  static_assert(sizeof(HardRow) == 6 * sizeof(double));
+  const at::Tensor hard = empty({sizes().rows, 6}, at::kDouble);
+  const at::Tensor& coefficients = *problem_.hard_coefficients;
+  kernels().hard_rows(
+      {.context = context(),
+       .rows = sizes().rows,
+       .state = row_state(state),
+       .threshold = raw_vector(problem_.hard_threshold),
+       .coefficients =
+           {.data = coefficients.data_ptr(),
+            .dtype = coefficients.scalar_type(),
+            .row_stride = coefficients.dim() == 1 ? 0 : coefficients.stride(0),
+            .column_stride = coefficients.stride(-1)},
+       .with_bias = problem_.bias.has_value(),
+       .hard = reinterpret_cast<HardRow*>(pointer<double>(hard))},
+      acc());
+  return hard;
 }
 
 at::Tensor ClassLoop::tile_in(const at::Tensor& buffer, Range rows, Range classes) const {
@@ -158,10 +205,12 @@ TargetContext ClassLoop::context() const {
       .margin = margin(),
       .normalize_input = problem_.normalize_input,
       .normalize_weight = problem_.normalize_weight,
+      .centers = centers(),
       .bias = raw_vector(problem_.bias),
       .sample_m2 = raw_vector(problem_.margins.sample_m2),
       .sample_m3 = raw_vector(problem_.margins.sample_m3),
-      .sample_margin_weight = raw_vector(problem_.margins.sample_margin_weight)};
+      .sample_margin_weight = raw_vector(problem_.margins.sample_margin_weight),
+      .binary = problem_.binary};
 }
 
 ProductsTile ClassLoop::describe(
@@ -180,11 +229,12 @@ ProductsTile ClassLoop::describe(
       .scale = margin().scale,
       .row_factors = row_factors.defined() ? rows_of(row_factors, rows).data_ptr() : nullptr,
       .class_factors = pointer(class_factors(classes, inverse_norms)),
-      .bias = bias_.has_value() ? rows_of(*bias_, classes).data_ptr() : nullptr};
+      .bias = bias_.has_value() && !problem_.one_against_all() ? rows_of(*bias_, classes).data_ptr() : nullptr};
 }
 
 at::Tensor ClassLoop::class_factors(Range classes, const at::Tensor& inverse_norms) const {
-  return problem_.normalize_weight && !operands().unit_vectors ? rows_of(inverse_norms, classes) : at::Tensor();
+  return problem_.normalize_weight && !operands().unit_vectors && centers() == 1 ? rows_of(inverse_norms, classes)
+                                                                                 : at::Tensor();
 }
 
 ClassLoop::TargetRows ClassLoop::target_rows(const std::optional<at::Tensor>& given_state) const {

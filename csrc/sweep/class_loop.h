@@ -71,7 +71,7 @@ class ClassLoop {
   const at::Tensor& target() const {
     return target_;
   }
-  // [C] acc, if there is one.
+  // [C] acc, or 0-dim where it is one against all, if there is one.
   const std::optional<at::Tensor>& bias() const {
     return bias_;
   }
@@ -140,6 +140,12 @@ class ClassLoop {
   // Room for a tile's products or softmax weights, and a tile in it.
   at::Tensor tile_buffer(at::ScalarType dtype) const;
   at::Tensor tile_in(const at::Tensor& buffer, Range rows, Range classes) const;
+  // With sub-centers: a plane for each, [R, K, n], in such a buffer, and what the products of one lack, [K, n] or
+  // undefined.
+  at::Tensor planes_in(const at::Tensor& buffer, Range rows, Range classes) const;
+  at::Tensor center_factors(Range classes, const at::Tensor& inverse_norms) const;
+  // Room for the winners of a tile.
+  at::Tensor winner_buffer() const;
 
   // What the kernels are told. `row_factors`: [B] acc, or undefined.
   TargetContext context() const;
@@ -149,11 +155,21 @@ class ClassLoop {
       Range classes,
       const at::Tensor& inverse_norms,
       const at::Tensor& row_factors) const;
-  // Factors of the raw products' columns, [class_count] acc; undefined where operands are unit vectors or
-  // nothing is normalised.
+  // Factors of the raw products' columns, [class_count] acc; undefined where operands are unit vectors,
+  // nothing is normalised or a column is the largest of several centers'.
   at::Tensor class_factors(Range classes, const at::Tensor& inverse_norms) const;
 
-  // The target of every row before the sweep: its state [B, 4] as it was given, or made; its logit [B] float64; its
+  // K, and the rows of the weight that such classes have.
+  int64_t centers() const {
+    return sizes().centers;
+  }
+  Range weight_rows(Range classes) const {
+    return {classes.begin * centers(), classes.count * centers()};
+  }
+  // Each row's HardRow, [B, 6] float64; undefined where nothing is hard.
+  at::Tensor hard_rows(const at::Tensor& state) const;
+
+  // The target of every row before the sweep: its state [B, 5] as it was given, or made; its logit [B] float64; its
   // angle [B] acc.
   struct TargetRows {
     at::Tensor state;

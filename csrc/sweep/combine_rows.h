@@ -16,10 +16,13 @@ template <typename T>
 TORCHMARGIN_HOST_DEVICE void finish_combined_row(const CombineRowsArgs& args, int64_t i, double others_sum) {
   const TargetContext& context = args.context;
   double logit_sum = 0.0;
-  if (args.weight_sum != nullptr) {
+  if (args.weight_sum != nullptr || args.more_logit_sum != nullptr) {
     const TargetRow row = evaluate_target(context, i, args.state[i]);
     const double other_bias = args.bias_sum != nullptr ? *args.bias_sum - own_bias(context, row) : 0.0;
     logit_sum = context.margin.scale * others_sum + other_bias + args.target_logit[i];
+  }
+  for (int64_t partial = i; args.more_logit_sum != nullptr && partial < args.lanes * args.rows; partial += args.rows) {
+    logit_sum += args.more_logit_sum[partial];
   }
   OnlineLse total;
   double maximum = -std::numeric_limits<double>::infinity();

@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "ops/target_place.h"
 #include "sweep/tile_steps.h"
 
 namespace torchmargin {
@@ -42,25 +43,39 @@ void GradientSweep::allocate() {
     }
     if (want_weight_) {
       // NB: not grad_weight itself: a product that writes fresh memory waits for its pages.
-      lane.weight_products =
-          columns_of(loop_.empty({loop_.plan().class_chunk, sizes_.padded(sizes_.features)}), {0, sizes_.features});
+      lane.weight_products = columns_of(
+          loop_.empty({loop_.plan().class_chunk * loop_.centers(), sizes_.padded(sizes_.features)}),
+          {0, sizes_.features});
     }
   }
   if (want_weight_) {
-    grad_weight_ = loop_.empty({sizes_.classes, sizes_.features}, problem_.weight.scalar_type());
+    grad_weight_ = loop_.empty(problem_.weight.sizes(), problem_.weight.scalar_type());
   }
   if (want_bias_) {
     bias_products_ = loop_.empty({sizes_.classes}).zero_();
   }
   if (want_weight_ || want_bias_) {
-    std::tie(sorted_target_, sorted_row_) = at::sort(loop_.target(), /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    const auto sorted = [](const at::Tensor& places) {
+      return at::sort(places, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    };
+    if (loop_.centers() == 1) {
+      std::tie(sorted_target_, sorted_row_) = sorted(loop_.target());
+    } else {
+      std::tie(sorted_class_, sorted_row_of_class_) = sorted(loop_.target());
+      const auto [present, place] = target_place(loop_.target(), sizes_.classes);
+      const at::Tensor center = record_.row_state.select(1, 4).to(at::kLong);
+      const at::Tensor absent = at::full({}, -1, loop_.target().options());
+      std::tie(sorted_target_, sorted_row_) = sorted(at::where(present, place * loop_.centers() + center, absent));
+    }
   }
 }
 
 // R and the sum of g_Z: what label smoothing adds to every class.
 void GradientSweep::sum_input(InputNorms& norms) {
+  if (upstream_.bias_sum.defined()) {
+    logit_sum_total_ = upstream_.bias_sum.sum();
+  }
   if (upstream_.smoothed()) {
-    logit_sum_total_ = upstream_.sum.sum();
     input_sum_ = loop_.double_zeros({sizes_.features});
     norms.add_rows(pointer<double>(upstream_.sum), pointer<double>(input_sum_));
   }
@@ -89,19 +104,27 @@ void GradientSweep::run(int64_t kept_classes, InputNorms& norms, const Weigh& we
 void GradientSweep::sweep_chunk(int64_t place, Range classes, const Weigh& weigh) {
   Lane& lane = lanes_[place];
   const at::Tensor weight = loop_.load_weight(classes, lane.weight_buffer);
-  at::Tensor products; // [class_count, D] for the chunk's grad_weight
+  at::Tensor products; // [class_count K, D] for the chunk's grad_weight
   if (want_weight_) {
-    products = rows_of(lane.weight_products, {0, classes.count});
+    products = rows_of(lane.weight_products, {0, loop_.weight_rows(classes).count});
     if (sizes_.rows == 0) {
       products.zero_();
     }
   }
   loop_.for_each_tile([&](Range rows) {
-    const at::Tensor weights = loop_.tile_in(lane.weights, rows, classes);
-    // The bias alone needs Q itself; see multiply_bias.
-    weigh({place, rows, classes, weight, weights, /*times_class_factors=*/!want_bias_});
+    const bool several = loop_.centers() > 1;
+    const at::Tensor of_classes = loop_.tile_in(lane.weights, rows, classes);
+    const at::Tensor weights = several ? loop_.planes_in(lane.weights, rows, classes) : of_classes;
+    // The bias alone needs Q itself, without slopes and factors.
+    const bool apart = !problem_.plain();
     if (want_bias_) {
-      multiply_bias(rows, classes, weights);
+      weigh({place, rows, classes, weight, of_classes, /*times_class_factors=*/false, /*of_bias=*/apart});
+      multiply_bias(rows, classes, of_classes);
+    }
+    if (want_bias_ && !apart) {
+      multiply_by_class_factors(loop_, weights, classes, record_.inverse_norms);
+    } else if (want_input_ || want_weight_) {
+      weigh({place, rows, classes, weight, weights, /*times_class_factors=*/true, /*of_bias=*/false});
     }
     if (want_input_) {
       loop_.steps().add_to_input(
@@ -125,10 +148,39 @@ void GradientSweep::multiply_bias(Range rows, Range classes, const at::Tensor& w
   } else {
     products.addmv_(weights.t(), factor);
   }
-  multiply_by_class_factors(loop_, weights, classes, record_.inverse_norms);
 }
 
-void GradientSweep::finish_chunk(Range classes, const at::Tensor& weight, const at::Tensor& products) const {
+// Where a class has several rows of the weight.
+void GradientSweep::finish_bias(Range classes) const {
+  loop_.kernels().finish_classes(
+      {.context = loop_.context(),
+       .state = row_state(record_.row_state),
+       .upstream =
+           {pointer<double>(upstream_.others), pointer<double>(upstream_.own), pointer<double>(upstream_.bias_sum)},
+       .first_class = classes.begin,
+       .class_count = classes.count,
+       .products = nullptr,
+       .products_row_stride = 0,
+       .products_lack_norms = false,
+       .grad_weight = nullptr,
+       .weight = raw_matrix(problem_.weight),
+       .inverse_norms = nullptr,
+       .bias_products = rows_of(bias_products_, classes).data_ptr(),
+       .products_scale = weight_products_scale_.data_ptr<double>(),
+       .input_sum = nullptr,
+       .logit_sum_total = pointer<double>(logit_sum_total_),
+       .sorted_target = pointer<int64_t>(sorted_class_),
+       .sorted_row = pointer<int64_t>(sorted_row_of_class_),
+       .rows = sizes_.rows},
+      loop_.acc());
+}
+
+void GradientSweep::finish_chunk(Range classes_of_chunk, const at::Tensor& weight, const at::Tensor& products) const {
+  const bool with_bias = want_bias_ && loop_.centers() == 1;
+  if (want_bias_ && !with_bias) {
+    finish_bias(classes_of_chunk);
+  }
+  const Range classes = loop_.weight_rows(classes_of_chunk);
   const bool any_rows = loop_.traits().reads_any_rows;
   const bool in_place = sizes_.widen_gradients && !any_rows;
   const at::Tensor to = !want_weight_ || in_place ? products : rows_of(grad_weight_, classes);
@@ -144,7 +196,7 @@ void GradientSweep::finish_chunk(Range classes, const at::Tensor& weight, const 
        .grad_weight = pointer(to),
        .weight = raw_matrix(any_rows ? rows_of(problem_.weight, classes) : weight),
        .inverse_norms = problem_.normalize_weight ? rows_of(record_.inverse_norms, classes).data_ptr() : nullptr,
-       .bias_products = want_bias_ ? rows_of(bias_products_, classes).data_ptr() : nullptr,
+       .bias_products = with_bias ? rows_of(bias_products_, classes).data_ptr() : nullptr,
        .products_scale = weight_products_scale_.data_ptr<double>(),
        .input_sum = pointer<double>(input_sum_),
        .logit_sum_total = pointer<double>(logit_sum_total_),

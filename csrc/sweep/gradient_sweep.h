@@ -20,9 +20,10 @@ struct WeightsWanted {
   int64_t lane;
   Range rows;
   Range classes;
-  at::Tensor class_operand; // [n, D]
-  at::Tensor weights; // [R, n]: where they go
+  at::Tensor class_operand; // [n K, D]
+  at::Tensor weights; // [R, n], or with sub-centers [R, K, n]: where they go
   bool times_class_factors; // with 1 / |w_j| in them: the products then need no normalised weights
+  bool of_bias; // those of the bias, [R, n]: how a cosine changes is not in them
 };
 using Weigh = std::function<void(const WeightsWanted&)>;
 
@@ -30,7 +31,7 @@ using Weigh = std::function<void(const WeightsWanted&)>;
 struct GradientRecord {
   const at::Tensor& inverse_norms;
   const at::Tensor& row_state;
-  const at::Tensor& weight_sum; // defined if upstream.sum is
+  const at::Tensor& weight_sum; // [D] if upstream.sum is defined
 };
 
 class GradientSweep {
@@ -70,6 +71,7 @@ class GradientSweep {
   void sweep_chunk(int64_t lane, Range classes, const Weigh& weigh);
   void multiply_bias(Range rows, Range classes, const at::Tensor& weights) const;
   void finish_chunk(Range classes, const at::Tensor& weight, const at::Tensor& products) const;
+  void finish_bias(Range classes) const;
   at::Tensor sum_input_products() const;
 
   const ClassLoop& loop_;
@@ -88,7 +90,8 @@ class GradientSweep {
   at::Tensor grad_weight_; // [C, D]
   at::Tensor input_sum_; // R [D]
   at::Tensor logit_sum_total_; // 0-dim
-  at::Tensor sorted_target_, sorted_row_; // [B]
+  at::Tensor sorted_target_, sorted_row_; // [B]: the rows of the weight that stand for the targets, and whose they are
+  at::Tensor sorted_class_, sorted_row_of_class_; // the targets themselves, where a class has several centers
 };
 
 // tile *= 1 / |w_j|, where that is not in the operands already.

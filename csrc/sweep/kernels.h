@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 
+#include "math/one_against_all.h"
 #include "torchmargin/margin.h"
 
 namespace torchmargin {
@@ -23,15 +24,17 @@ struct RawMatrix {
 // All that a kernel needs to know about the rows and their targets.
 struct TargetContext {
   RawMatrix input; // [B, D]
-  RawMatrix weight; // [C, D]
+  RawMatrix weight; // [C K, D]
   const int64_t* target; // [B]; outside [0, classes): absent from this weight
   int64_t features; // D
   int64_t classes; // C
   MarginParameters margin;
   bool normalize_input;
   bool normalize_weight;
-  RawMatrix bias = {}; // [C, 1]; data == nullptr: none
+  int64_t centers = 1; // K: class j has the weights j K ... j K + K - 1
+  RawMatrix bias = {}; // [C, 1], row_stride 0: the same for all; data == nullptr: none
   RawMatrix sample_m2 = {}, sample_m3 = {}, sample_margin_weight = {}; // [B, 1] or data == nullptr
+  BinaryForm binary = {}; // one against all: psi is the curve through the cosine with its margin
 };
 
 // The sums over D from which a row's angle, psi and slopes are rebuilt without reading its features again.
@@ -40,6 +43,15 @@ struct RowState {
   double w_squared; // |w_y|^2; this and the next two are 0 where the target is absent
   double delta_squared; // |x/|x| - w_y/|w_y||^2; 0 where x or w_y is zero
   double sigma_squared; // |x/|x| + w_y/|w_y||^2
+  double center; // which of its class's centers w_y is: the nearest, the first of several; 0 where the target is absent
+};
+
+// How the logits of a row's other classes change: where the cosine c is above the threshold, c becomes a c^2 + b c + d.
+struct HardRow {
+  double threshold; // +infinity: nowhere
+  double a, b, d; // d = -infinity takes such classes out of the sum
+  double shift; // that suits the row's sums whatever its cosines are; NaN: the largest logit so far
+  double growth; // a power of two: |n'| and |n' - 1| of its slopes n' are not above it, and it is 1 at least
 };
 
 // Rows as the products read them, their inverse norms and their sum; whatever is not nullptr is written.
@@ -61,7 +73,38 @@ struct LoadRowsArgs {
   double* sum = nullptr;
 };
 
-// Raw products A . w, and what makes logits of them: z = scale * row_factor * class_factor * product + bias.
+// Products of K centers of each class, a plane [row_count, class_count] for each, as cosines: the largest of each
+// class, and whose it is. As torch.max: the first of several that are equal, and NaN is the largest.
+struct FoldCentersArgs {
+  const void* products; // acc
+  int64_t row_stride;
+  int64_t plane_stride;
+  int64_t row_count;
+  int64_t class_count;
+  int64_t centers; // K
+  const void* factors; // [K, class_count] acc: what the products lack of the centers' lengths; nullptr: 1
+  void* out; // [row_count, class_count] acc; may be the first plane
+  int64_t out_row_stride;
+  uint8_t* winner; // [row_count, class_count], or nullptr
+  int64_t winner_row_stride;
+};
+
+// The other way: what stands in the first plane goes, times its factor, to the winner's plane; the others are 0.
+struct SpreadCentersArgs {
+  void* weights;
+  c10::ScalarType dtype; // acc; on a GPU also float16 or bfloat16
+  int64_t row_stride;
+  int64_t plane_stride;
+  int64_t row_count;
+  int64_t class_count;
+  int64_t centers;
+  const void* factors; // [K, class_count] acc; nullptr: 1
+  const uint8_t* winner; // [row_count, class_count]
+  int64_t winner_row_stride;
+};
+
+// Raw products A . w, and what makes logits of them: z = scale * row_factor * class_factor * product + bias. With
+// sub-centers they are those of the nearest centers, folded, and there are no factors.
 struct ProductsTile {
   const void* products; // [row_count, class_count] acc
   int64_t row_stride;
@@ -87,7 +130,16 @@ struct AccumulateChunkArgs {
   ProductsTile tile;
   bool bounded; // no sum of exp(z) can overflow: the shift is 0 and no maximum is subtracted
   bool first; // the sums hold nothing yet, and are not read
-  RunningSums sums;
+  RunningSums sums; // NB: the maximum is that of the logits as they are without `hard`
+  const HardRow* hard = nullptr; // [row_count], or nullptr: no logit changes
+  // [row_count] the sum of the logits without bias, or of what they change by; or nullptr. Begun at 0 by `first`.
+  double* logit_sum = nullptr;
+  bool sum_of_changes = false;
+  // The largest `hardest` logits, the larger and then the lower class first, with their classes (of all C); they are
+  // left out of the sum, and what they displace joins it. NaN and -infinity are none of them.
+  int64_t hardest = 0;
+  void* top_logit = nullptr; // [row_count, hardest] acc, -infinity where there is none
+  int64_t* top_class = nullptr; // -1 where there is none
 };
 
 // out_scale Q, Q = exp(z - other_lse), of a tile; 0 at the target, 0 below exp(-50) (which keeps
@@ -101,6 +153,83 @@ struct SoftmaxChunkArgs {
   int64_t out_row_stride;
   c10::ScalarType out_dtype; // acc; on a GPU also float16 or bfloat16
   double out_scale; // a power of two
+  // Where logits change, or gradients of all logits cannot be told from those of their sum, more than Q is written:
+  //   (of_lse Q + of_sum) n'           n' = 2 a c + b where c is above the threshold, else 1
+  //   of_lse Q n' + of_sum (n' - 1)    if sum_of_changes
+  const double* of_lse = nullptr; // [row_count]; nullptr: it is Q that is written, and the rest of this is not read
+  const double* of_sum = nullptr; // [row_count], or nullptr: 0
+  bool sum_of_changes = false;
+  const HardRow* hard = nullptr; // [row_count], or nullptr: n' = 1
+  bool slopes = true; // false: n' = 1 (for the gradient of a bias), though the logits change
+};
+
+// One against all: adds log(1 + exp(z)) of a tile to each row's sums, z = scale N(c) + bias with cosines c; the
+// target's own column is left out.
+struct AddBinaryArgs {
+  ProductsTile tile; // bias: see below
+  BinaryForm form;
+  const void* bias; // [1] acc, or nullptr: 0
+  bool first; // the sums hold nothing yet, and are not read
+  double* softplus_sum; // [row_count] each
+  double* slope_sum; // of the slopes 1 / (1 + exp(-z)): to the bias
+  double* maximum; // of scale c: of the logits as they are without a curve, a margin and a bias
+};
+
+// out_scale factor N'(c) / (1 + exp(-z)) of a tile; 0 at the target.
+struct WeighBinaryArgs {
+  ProductsTile tile;
+  BinaryForm form;
+  const void* bias;
+  const double* upstream; // [row_count]; a row with 0 is written as 0
+  double factor;
+  bool times_class_factors;
+  void* out;
+  int64_t out_row_stride;
+  c10::ScalarType out_dtype;
+  double out_scale;
+};
+
+// Weights of the hardest classes into a tile of weights, where they are 0 or a class is not in the tile.
+struct WriteHardestArgs {
+  const int64_t* classes; // [row_count, hardest] of all C, or -1
+  const double* values; // [row_count, hardest]
+  int64_t hardest;
+  int64_t row_count;
+  int64_t first_class;
+  int64_t class_count;
+  const void* class_factors; // [class_count] acc, or nullptr: 1
+  void* out;
+  int64_t out_row_stride;
+  c10::ScalarType out_dtype;
+  double out_scale;
+};
+
+// How each row's hard negatives change, from what the caller gave: see HardRow.
+struct HardRowsArgs {
+  TargetContext context;
+  int64_t rows;
+  const RowState* state; // [B]
+  // [B, 1], or data == nullptr: the row's own cos(m1 theta + m2) - m3, and +infinity where its target is absent. From 1
+  // on nothing is hard, though a rounded cosine may be above it.
+  RawMatrix threshold;
+  RawMatrix coefficients; // [B, 3]; row_stride 0: the same for all
+  bool with_bias; // logits have no bounds
+  HardRow* hard; // [B]
+};
+
+// The lanes' hardest classes of every row as one list, their logits again in float64, and those that the list has no
+// place for into the first lane's sums.
+struct MergeHardestArgs {
+  TargetContext context;
+  int64_t rows;
+  const RowState* state; // [B]
+  int64_t lanes;
+  int64_t hardest;
+  const void* top_logit; // [lanes, B, hardest] acc
+  const int64_t* top_class; // [lanes, B, hardest]
+  RunningSums sums; // [B] of the first lane
+  double* hardest_logit; // [B, hardest], -infinity where there is none
+  int64_t* hardest_class; // [B, hardest], -1 where there is none
 };
 
 // The target of every row, in float64, before the sweep: its state, and what the state says.
@@ -121,11 +250,13 @@ struct CombineRowsArgs {
   const double* target_logit; // [B]
   int64_t lanes;
   RunningSums sums; // [lanes, B] each
-  const double* weight_sum; // [D] sum of the (normalised) weights, or nullptr: logit_sum = 0
+  const double* weight_sum; // [D] sum of the (normalised) weights, or nullptr: 0
   const double* bias_sum; // [1] sum of the bias, or nullptr: 0
   double* other_lse; // [B] each
   double* logit_sum;
   void* max_other_logit; // [B] acc
+  // [lanes, B] added to logit_sum, or nullptr: 0. Without this and weight_sum logit_sum is 0.
+  const double* more_logit_sum = nullptr;
 };
 
 // Upstream gradients of one row of the core op, in float64.
@@ -193,6 +324,13 @@ struct SweepKernels {
   void (*target_rows)(const TargetRowsArgs&, c10::ScalarType acc);
   void (*accumulate_chunk)(const AccumulateChunkArgs&, c10::ScalarType acc);
   void (*combine_rows)(const CombineRowsArgs&, c10::ScalarType acc);
+  void (*hard_rows)(const HardRowsArgs&, c10::ScalarType acc);
+  void (*merge_hardest)(const MergeHardestArgs&, c10::ScalarType acc);
+  void (*fold_centers)(const FoldCentersArgs&, c10::ScalarType acc);
+  void (*spread_centers)(const SpreadCentersArgs&, c10::ScalarType acc);
+  void (*write_hardest)(const WriteHardestArgs&, c10::ScalarType acc);
+  void (*add_binary)(const AddBinaryArgs&, c10::ScalarType acc);
+  void (*weigh_binary)(const WeighBinaryArgs&, c10::ScalarType acc);
   void (*softmax_chunk)(const SoftmaxChunkArgs&, c10::ScalarType acc);
   void (*finish_classes)(const FinishClassesArgs&, c10::ScalarType acc);
   void (*finish_rows)(const FinishRowsArgs&, c10::ScalarType acc);

@@ -83,7 +83,7 @@ sweep_logits_backward(const LinearProblem& problem, const LogitsBackwardRequest&
   }
   InputNorms norms(loop);
   sweep.run(/*kept_classes=*/0, norms, [&](const WeightsWanted& wanted) {
-    const auto& [lane, rows, classes, weight, weights, times_class_factors] = wanted;
+    const auto& [lane, rows, classes, weight, weights, times_class_factors, of_bias] = wanted;
     weights.copy_(columns_of(rows_of(request.grad_logits, rows), classes));
     const at::Tensor columns = at::arange(classes.begin, classes.begin + classes.count, loop.target().options());
     const at::Tensor own = columns.unsqueeze(0).eq(rows_of(loop.target(), rows).unsqueeze(1));

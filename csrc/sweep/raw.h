@@ -16,10 +16,16 @@ T* pointer(const at::Tensor& tensor) {
   return static_cast<T*>(tensor.defined() && tensor.numel() > 0 ? tensor.data_ptr() : nullptr);
 }
 
-// [B, 4] float64, contiguous.
+// [B, 5] float64, contiguous.
 inline RowState* row_state(const at::Tensor& state) {
   static_assert(sizeof(RowState) == kRowStateSize * sizeof(double));
   return reinterpret_cast<RowState*>(pointer<double>(state));
+}
+
+// Of [B, 6] float64, from a row on; nullptr where there is none.
+inline const HardRow* hard_row(const at::Tensor& hard, int64_t row) {
+  const double* const begin = pointer<double>(hard);
+  return begin == nullptr ? nullptr : reinterpret_cast<const HardRow*>(begin) + row;
 }
 
 inline RawMatrix raw_matrix(const at::Tensor& matrix) {

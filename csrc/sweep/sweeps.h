@@ -13,6 +13,9 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
 // The private backward op: the gradients that request.wanted asks for.
 Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& request, const Device& device);
 
+// The targets alone: see call_target_rows().
+TargetTuple sweep_targets(const LinearProblem& problem, const Device& device);
+
 // The same loop for margin_logits, which returns every logit: products, scaled where they stand.
 LogitsResult sweep_logits(const LinearProblem& problem, const Device& device);
 Gradients

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "ops/target_place.h"
+#include "sweep/hard_rows.h"
 
 namespace torchmargin {
 namespace {
@@ -41,9 +42,53 @@ choose_operand_scale(const ClassLoop& loop, const UpstreamVectors& upstream, boo
   return power_of_two_scale(loop, largest, loop.operands().largest_row);
 }
 
+// Every weight of a row is divided by f, which no sum of upstream gradients exceeds, and by a power of two that no
+// slope exceeds: 16 bits hold what is left.
+void divide_by_the_largest(
+    const ClassLoop& loop,
+    const BackwardRequest& request,
+    const at::Tensor& hard,
+    UpstreamVectors& upstream) {
+  const at::Tensor none = loop.double_zeros({});
+  const bool smoothed = upstream.sum.defined();
+  const bool sub_centers = loop.centers() > 1; // which of them win differs from row to row: nothing is common to all
+  const at::Tensor of_lse = upstream.others;
+  at::Tensor largest = of_lse.abs();
+  if (smoothed) {
+    largest = largest + upstream.sum.abs();
+  }
+  at::Tensor hardest;
+  if (request.grad_hardest_logit.has_value() && loop.problem().hardest > 0) {
+    hardest = at::where(request.hardest_class.lt(0), none, request.grad_hardest_logit->to(at::kDouble));
+    const at::Tensor common = sub_centers && smoothed ? upstream.sum : none;
+    largest = at::maximum(largest, hardest.abs().amax(1) + common.abs());
+  } else if (loop.problem().hardest > 0) {
+    hardest = loop.double_zeros({loop.sizes().rows, loop.problem().hardest});
+  }
+  upstream.others = hard.defined() ? largest * hard.select(1, 5) : largest;
+  const auto divided = [&](const at::Tensor& by_row) {
+    const at::Tensor by = by_row.dim() == 2 ? upstream.others.unsqueeze(1) : upstream.others;
+    return at::where(by.eq(0), none, by_row / by).contiguous();
+  };
+  upstream.head.of_lse = divided(of_lse);
+  if (smoothed) {
+    upstream.head.of_sum = divided(upstream.sum);
+  }
+  if (hardest.defined()) {
+    upstream.head.hardest = divided(sub_centers && smoothed ? hardest + upstream.sum.unsqueeze(1) : hardest);
+  }
+  if (sub_centers) {
+    upstream.sum = at::Tensor();
+  }
+}
+
 // By ATen's ops.
-UpstreamVectors
-widen_by_parts(const ClassLoop& loop, const BackwardRequest& request, bool with_bias, InputNorms& norms) {
+UpstreamVectors widen_by_parts(
+    const ClassLoop& loop,
+    const BackwardRequest& request,
+    bool with_bias,
+    InputNorms& norms,
+    const at::Tensor& hard) {
   const auto widen = [&](const std::optional<at::Tensor>& grad) {
     return grad.has_value() ? grad->to(at::kDouble).contiguous() : loop.double_zeros({loop.sizes().rows});
   };
@@ -58,6 +103,12 @@ widen_by_parts(const ClassLoop& loop, const BackwardRequest& request, bool with_
   }
   const at::Tensor present = target_place(loop.target(), loop.sizes().classes).present;
   upstream.own = at::where(present, upstream.own, none);
+  upstream.bias_sum = upstream.sum;
+  if (loop.problem().one_against_all()) { // no row of other classes is empty, and no slope is above the power
+    upstream.others = widen(request.grad_other_lse) * power_of_two_above(loop.problem().binary.power);
+  } else if (!loop.problem().plain()) {
+    divide_by_the_largest(loop, request, hard, upstream);
+  }
   upstream.weight_factor = upstream.others * loop.margin().scale;
   upstream.operand_scale = choose_operand_scale(loop, upstream, with_bias, norms);
   return upstream;
@@ -65,10 +116,14 @@ widen_by_parts(const ClassLoop& loop, const BackwardRequest& request, bool with_
 
 } // namespace
 
-UpstreamVectors
-widen_upstream(const ClassLoop& loop, const BackwardRequest& request, bool with_bias, InputNorms& norms) {
-  if (loop.kernels().widen_upstream == nullptr) {
-    return widen_by_parts(loop, request, with_bias, norms);
+UpstreamVectors widen_upstream(
+    const ClassLoop& loop,
+    const BackwardRequest& request,
+    bool with_bias,
+    InputNorms& norms,
+    const at::Tensor& hard) {
+  if (loop.kernels().widen_upstream == nullptr || !loop.problem().plain()) {
+    return widen_by_parts(loop, request, with_bias, norms, hard);
   }
   const int64_t rows = loop.sizes().rows;
   const auto vector = [&](int64_t size) { return loop.empty({size}, at::kDouble); };
@@ -94,6 +149,7 @@ widen_upstream(const ClassLoop& loop, const BackwardRequest& request, bool with_
        .sum = pointer<double>(upstream.sum),
        .weight_factor = pointer<double>(upstream.weight_factor),
        .operand_scale = pointer<double>(upstream.operand_scale)});
+  upstream.bias_sum = upstream.sum;
   return upstream;
 }
 

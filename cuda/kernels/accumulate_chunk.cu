@@ -34,6 +34,9 @@ __global__ void accumulate_chunk_kernel(AccumulateChunkArgs args) {
 } // namespace
 
 void launch_accumulate_chunk(const AccumulateChunkArgs& args, c10::ScalarType acc, cudaStream_t stream) {
+  if (args.hard != nullptr || args.logit_sum != nullptr || args.hardest > 0) {
+    return launch_accumulate_head(args, acc, stream);
+  }
   if (args.tile.row_count == 0) {
     return;
   }

@@ -15,6 +15,16 @@ namespace torchmargin::device {
 
 void launch_load_rows(const LoadRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);
 void launch_accumulate_chunk(const AccumulateChunkArgs& args, c10::ScalarType acc, cudaStream_t stream);
+// What launch_accumulate_chunk and launch_softmax_chunk come down to where not only Q counts.
+void launch_accumulate_head(const AccumulateChunkArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_weigh_head(const SoftmaxChunkArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_add_binary(const AddBinaryArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_weigh_binary(const WeighBinaryArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_fold_centers(const FoldCentersArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_spread_centers(const SpreadCentersArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_write_hardest(const WriteHardestArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_hard_rows(const HardRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_merge_hardest(const MergeHardestArgs& args, c10::ScalarType acc, cudaStream_t stream);
 void launch_softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc, cudaStream_t stream);
 void launch_target_rows(const TargetRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);
 void launch_combine_rows(const CombineRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);

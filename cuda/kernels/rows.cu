@@ -5,6 +5,8 @@
 #include "sweep/combine_rows.h"
 #include "sweep/dispatch.h"
 #include "sweep/finish_bodies.h"
+#include "sweep/hard_rows.h"
+#include "sweep/merge_hardest.h"
 #include "sweep/target_rows.h"
 
 namespace torchmargin::device {
@@ -29,6 +31,21 @@ template <typename Scalar, typename T>
 __global__ void combine_rows_kernel(CombineRowsArgs args) {
   if (row_of_warp() < args.rows) {
     combine_row<Scalar, T>(args, row_of_warp(), own_team());
+  }
+}
+
+// A thread a row.
+__global__ void hard_rows_kernel(HardRowsArgs args) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < args.rows) {
+    args.hard[i] = hard_row(args, i);
+  }
+}
+
+template <typename Scalar, typename T>
+__global__ void merge_hardest_kernel(MergeHardestArgs args) {
+  if (row_of_warp() < args.rows) {
+    merge_hardest_row<Scalar, T>(args, row_of_warp(), own_team());
   }
 }
 
@@ -57,6 +74,23 @@ void launch_combine_rows(const CombineRowsArgs& args, c10::ScalarType /*acc*/, c
   }
   with_dtype_and_acc(args.context.input.dtype, [&](auto scalar, auto zero) {
     const auto kernel = combine_rows_kernel<decltype(scalar), decltype(zero)>;
+    TORCHMARGIN_LAUNCH(kernel, warp_blocks(args.rows), kThreads, stream, args);
+  });
+}
+
+void launch_hard_rows(const HardRowsArgs& args, c10::ScalarType /*acc*/, cudaStream_t stream) {
+  if (args.rows > 0) {
+    const unsigned blocks = static_cast<unsigned>((args.rows + kThreads - 1) / kThreads);
+    TORCHMARGIN_LAUNCH(hard_rows_kernel, blocks, kThreads, stream, args);
+  }
+}
+
+void launch_merge_hardest(const MergeHardestArgs& args, c10::ScalarType /*acc*/, cudaStream_t stream) {
+  if (args.rows == 0) {
+    return;
+  }
+  with_dtype_and_acc(args.context.input.dtype, [&](auto scalar, auto zero) {
+    const auto kernel = merge_hardest_kernel<decltype(scalar), decltype(zero)>;
     TORCHMARGIN_LAUNCH(kernel, warp_blocks(args.rows), kThreads, stream, args);
   });
 }

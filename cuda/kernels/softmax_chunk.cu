@@ -58,6 +58,9 @@ void with_types(c10::ScalarType acc, c10::ScalarType out, Body body) {
 
 void launch_softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc, cudaStream_t stream) {
   const ProductsTile& tile = args.tile;
+  if (args.of_lse != nullptr) {
+    return launch_weigh_head(args, acc, stream);
+  }
   if (tile.row_count == 0 || tile.class_count == 0) {
     return;
   }

@@ -41,6 +41,15 @@ struct TORCHMARGIN_API LinearMarginFuncOptions {
   TORCH_ARG(std::optional<at::Tensor>, sample_margin_weight) = std::nullopt;
   /// The lowest precision allowed for the products of float32 inputs.
   TORCH_ARG(std::optional<at::ScalarType>, compute_dtype) = std::nullopt;
+  /// K: weight is [C K, D], and a class's cosine is the largest of its K (Deng et al., ECCV 2020). At most 255.
+  TORCH_ARG(int64_t, sub_centers) = 1;
+  /// Another class with a cosine c above the threshold ([B] or 0-dim; none: the row's own cos(m1 theta + m2) - m3) gets
+  /// a c^2 + b c + d in its place; coefficients [3] or [B, 3] are (a, b, d). float64 or acc, without gradients.
+  TORCH_ARG(std::optional<at::Tensor>, hard_threshold) = std::nullopt;
+  TORCH_ARG(std::optional<at::Tensor>, hard_coefficients) = std::nullopt;
+  /// The so many hardest other classes of each row get cos(max(theta_j - hardest_margin, 0)), radians.
+  TORCH_ARG(int64_t, hardest) = 0;
+  TORCH_ARG(double, hardest_margin) = 0.0;
 };
 
 struct TORCHMARGIN_API LinearMarginCrossEntropyFuncOptions {
@@ -74,6 +83,27 @@ TORCHMARGIN_API LinearMarginLse linear_margin_lse(
     const at::Tensor& target,
     const LinearMarginFuncOptions& options = {});
 
+/// The same, with the options.hardest() largest other logits of each row apart from other_lse: [B, k], the larger and
+/// then the lower class first, without a margin; -infinity and -1 where there is no other class. Any rule about the k
+/// hardest is then arithmetic on [B, k]; hardest_logit has gradients.
+struct LinearMarginLseHardest {
+  LinearMarginLse lse;
+  at::Tensor hardest_logit;
+  at::Tensor hardest_class;
+};
+TORCHMARGIN_API LinearMarginLseHardest linear_margin_lse_hardest(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const at::Tensor& target,
+    const LinearMarginFuncOptions& options);
+
+/// The angle of each row to its class, [B], in radians; 0 where it is absent. It has no gradient.
+TORCHMARGIN_API at::Tensor linear_target_angle(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const at::Tensor& target,
+    int64_t sub_centers = 1);
+
 /// Cross-entropy of the logits with the target's margin; a scalar, or [B] with reduction "none".
 TORCHMARGIN_API at::Tensor linear_margin_cross_entropy(
     const at::Tensor& input,
@@ -94,6 +124,40 @@ TORCHMARGIN_API std::pair<at::Tensor, MarginStatistics> linear_margin_cross_entr
     const at::Tensor& weight,
     const at::Tensor& target,
     const LinearMarginCrossEntropyFuncOptions& options = {});
+
+/// One against all: for each class a logistic loss of a curve through its cosine; embeddings and weights are
+/// normalised.
+///
+///   positive_weight softplus(-(scale P + bias)) + negative_weight sum_{j != y} softplus(scale N(c_j) + bias)
+///
+/// With g(c) = 2 ((c + 1) / 2)^power - 1, kind "c": P = g(cos(theta)) - margin, N = g + margin; "a" (radians): P =
+/// g(cos(theta + margin)), N = g(cos(theta_j - margin)); "m": P = g(cos(theta) - margin), N = g. SphereFace2 (Wen et
+/// al., ICLR 2022) and UniFace (Zhou et al., ICCV 2023). A target outside [0, C) is absent: the row has negatives only.
+struct TORCHMARGIN_API LinearMarginBinaryCrossEntropyFuncOptions {
+  TORCH_ARG(double, scale) = 1.0;
+  TORCH_ARG(double, margin) = 0.0;
+  TORCH_ARG(std::string, kind) = "c";
+  /// At least 1, and whole with "m".
+  TORCH_ARG(double, power) = 1.0;
+  TORCH_ARG(double, positive_weight) = 1.0;
+  TORCH_ARG(double, negative_weight) = 1.0;
+  /// 0-dim; has a gradient.
+  TORCH_ARG(std::optional<at::Tensor>, bias) = std::nullopt;
+  TORCH_ARG(int64_t, sub_centers) = 1;
+  TORCH_ARG(std::optional<at::ScalarType>, compute_dtype) = std::nullopt;
+  TORCH_ARG(int64_t, ignore_index) = -100;
+  TORCH_ARG(std::string, reduction) = "mean";
+};
+TORCHMARGIN_API at::Tensor linear_margin_binary_cross_entropy(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const at::Tensor& target,
+    const LinearMarginBinaryCrossEntropyFuncOptions& options = {});
+TORCHMARGIN_API std::pair<at::Tensor, MarginStatistics> linear_margin_binary_cross_entropy_with_statistics(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const at::Tensor& target,
+    const LinearMarginBinaryCrossEntropyFuncOptions& options = {});
 
 /// The logits [B, C] themselves; with a target, its column has its margin.
 TORCHMARGIN_API at::Tensor margin_logits(

@@ -9,7 +9,10 @@
 ///                   reset()) is what it was when a backward pass runs the forward again, as activation checkpointing
 ///                   does.
 ///   sample_margins  margins that differ from row to row
+///   negatives       what happens to the logits of other classes
 ///   row_penalty     what is added to each row's loss
+///
+/// target_angle() is there for them.
 #pragma once
 
 #include <torch/nn/cloneable.h>
@@ -35,6 +38,12 @@ struct TORCHMARGIN_API SampleMargins {
   std::optional<torch::Tensor> m2;
   std::optional<torch::Tensor> m3;
   std::optional<torch::Tensor> margin_weight;
+};
+
+/// What happens to other classes whose cosine is above a threshold: see LinearMarginFuncOptions.
+struct TORCHMARGIN_API HardNegatives {
+  std::optional<torch::Tensor> threshold; ///< [B] or 0-dim; none: the row's own
+  std::optional<torch::Tensor> coefficients; ///< [3] or [B, 3]; none: nothing happens
 };
 
 /// A number of the options that is saved with the weight, in a float64 buffer of this name.
@@ -74,8 +83,8 @@ class TORCHMARGIN_API MarginLossBase {
   void check_numbers(const std::map<std::string, torch::Tensor>& numbers);
   std::vector<SavedNumber> saved_numbers() const;
 
-  torch::Tensor weight; ///< [C, D]
-  torch::Tensor bias; ///< [C], or undefined
+  torch::Tensor weight; ///< [C K, D]
+  torch::Tensor bias; ///< [C], 0-dim (one against all), or undefined
 
  protected:
   /// The dtype of losses: float64 for float64 weights, else float32.
@@ -83,6 +92,10 @@ class TORCHMARGIN_API MarginLossBase {
 
   virtual void advance(const torch::Tensor& embeddings, const torch::Tensor& labels);
   virtual SampleMargins sample_margins(const torch::Tensor& embeddings, const torch::Tensor& labels);
+  /// The interclass_filter of the options, if there is one.
+  virtual HardNegatives negatives(const torch::Tensor& embeddings, const torch::Tensor& labels);
+  /// The angle of each row to its class, [B] radians, without a gradient.
+  torch::Tensor target_angle(const torch::Tensor& embeddings, const torch::Tensor& labels) const;
   /// [B], or undefined. Ignored rows are left out, the others reduced as the loss is.
   virtual torch::Tensor row_penalty(const torch::Tensor& embeddings, const torch::Tensor& labels);
 
@@ -106,8 +119,16 @@ class TORCHMARGIN_API MarginLossBase {
   class Step;
 
   MarginLossOptions present_options() const;
+  std::pair<torch::Tensor, MarginStatistics> call_op(
+      const MarginLossOptions& options,
+      const torch::Tensor& embeddings,
+      const torch::Tensor& labels,
+      std::optional<torch::Dtype> lowest,
+      bool hooked,
+      bool with_statistics);
   std::vector<torch::Tensor> state() const;
   bool is_number(const std::string& name) const;
+  int64_t class_count() const;
 
   MarginLossOptions own_options_;
   torch::Tensor log_; // of steps, for recomputes: see _recall_state

@@ -182,6 +182,77 @@ class TORCHMARGIN_API ElasticFaceLossImpl : public OptionsLossImpl<ElasticFaceLo
 };
 TORCH_MODULE(ElasticFaceLoss);
 
+/// ArcFace with K centers for each class, rows j K ... j K + K - 1 of the weight, of which the nearest counts: Deng et
+/// al., "Sub-center ArcFace", ECCV 2020. Noisy samples of a class gather at centers of their own.
+class TORCHMARGIN_API SubCenterArcFaceLossImpl
+    : public ClassMarginLossImpl<SubCenterArcFaceLossImpl, SubCenterArcFaceLossOptions> {
+ public:
+  TORCHMARGIN_LOSS_CONSTRUCTORS(SubCenterArcFaceLoss);
+
+  /// How many of these embeddings are nearest to each center of their class, [C, K] int64; ignored rows and rows that
+  /// are not finite do not count. Sums over batches are those of all.
+  torch::Tensor center_counts(const torch::Tensor& embeddings, const torch::Tensor& labels) const;
+  /// Which center of each class most samples are nearest to, [C] int64; the first of several.
+  torch::Tensor dominant_centers(const torch::Tensor& counts) const;
+
+ protected:
+  SampleMargins sample_margins(const torch::Tensor& embeddings, const torch::Tensor& labels) override;
+};
+TORCH_MODULE(SubCenterArcFaceLoss);
+
+/// s cos(theta + margin); another class with a cosine c above that has s c (t + c): Huang et al., "CurricularFace",
+/// CVPR 2020 (arXiv:2004.00288). The buffer t is a running mean of the rows' own cosines, moved before it is used.
+class TORCHMARGIN_API CurricularFaceLossImpl
+    : public OptionsLossImpl<CurricularFaceLossImpl, CurricularFaceLossOptions> {
+ public:
+  TORCHMARGIN_LOSS_CONSTRUCTORS(CurricularFaceLoss);
+  void reset() override;
+
+  torch::Tensor t;
+
+ protected:
+  void advance(const torch::Tensor& embeddings, const torch::Tensor& labels) override;
+  HardNegatives negatives(const torch::Tensor& embeddings, const torch::Tensor& labels) override;
+};
+TORCH_MODULE(CurricularFaceLoss);
+
+/// s (cos(theta) - margin), without the margin where cos(theta) <= 0, or s cos(theta + margin) where cos(theta) > 0;
+/// another class with a cosine c above cos(theta) - margin (cos(theta + margin)) has s ((1 + t) c + t): Wang et al.,
+/// "MV-Softmax", AAAI 2020 (arXiv:1912.00833).
+class TORCHMARGIN_API MVSoftmaxLossImpl : public OptionsLossImpl<MVSoftmaxLossImpl, MVSoftmaxLossOptions> {
+ public:
+  TORCHMARGIN_LOSS_CONSTRUCTORS(MVSoftmaxLoss);
+
+ protected:
+  SampleMargins sample_margins(const torch::Tensor& embeddings, const torch::Tensor& labels) override;
+  HardNegatives negatives(const torch::Tensor& embeddings, const torch::Tensor& labels) override;
+};
+TORCH_MODULE(MVSoftmaxLoss);
+
+/// Sub-center ArcFace whose hardest other classes of each row have s cos(max(theta_j - hardest_margin, 0)): Zhao et
+/// al., ICASSP 2022 (arXiv:2110.05042).
+class TORCHMARGIN_API InterTopKArcFaceLossImpl
+    : public OptionsLossImpl<InterTopKArcFaceLossImpl, InterTopKArcFaceLossOptions> {
+ public:
+  TORCHMARGIN_LOSS_CONSTRUCTORS(InterTopKArcFaceLoss);
+};
+TORCH_MODULE(InterTopKArcFaceLoss);
+
+/// One against all: Wen et al., "SphereFace2", ICLR 2022 (arXiv:2108.01513). The bias is 0-dim.
+class TORCHMARGIN_API SphereFace2LossImpl : public OptionsLossImpl<SphereFace2LossImpl, SphereFace2LossOptions> {
+ public:
+  TORCHMARGIN_LOSS_CONSTRUCTORS(SphereFace2Loss);
+};
+TORCH_MODULE(SphereFace2Loss);
+
+/// One against all, UniFace's unified cross-entropy: Zhou et al., ICCV 2023. The bias is 0-dim, minus the paper's, and
+/// starts at -ln(10 C).
+class TORCHMARGIN_API UniFaceLossImpl : public OptionsLossImpl<UniFaceLossImpl, UniFaceLossOptions> {
+ public:
+  TORCHMARGIN_LOSS_CONSTRUCTORS(UniFaceLoss);
+};
+TORCH_MODULE(UniFaceLoss);
+
 #undef TORCHMARGIN_LOSS_CONSTRUCTORS
 
 } // namespace torchmargin::nn

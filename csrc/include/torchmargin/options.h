@@ -9,6 +9,7 @@
 #include <torch/arg.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "torchmargin/export.h"
@@ -17,7 +18,9 @@
 namespace torchmargin::nn {
 
 /// What every loss takes: sizes, and torch::nn::CrossEntropyLoss's options with its defaults.
-#define TORCHMARGIN_LOSS_OPTIONS(Name)                                                                     \
+#define TORCHMARGIN_LOSS_OPTIONS(Name) TORCHMARGIN_LOSS_OPTIONS_OF(Name, 1)
+/// The same, with as many centers for a class.
+#define TORCHMARGIN_LOSS_OPTIONS_OF(Name, centers)                                                         \
  public:                                                                                                   \
   Name(int64_t in_features, int64_t num_classes) : in_features_(in_features), num_classes_(num_classes) {} \
   /* D, the size of an embedding. */                                                                       \
@@ -29,7 +32,11 @@ namespace torchmargin::nn {
   /* Rows with this label count for nothing. */                                                            \
   TORCH_ARG(int64_t, ignore_index) = -100;                                                                 \
   /* "none", "mean" or "sum". */                                                                           \
-  TORCH_ARG(std::string, reduction) = "mean"
+  TORCH_ARG(std::string, reduction) = "mean";                                                              \
+  /* K: weights are [C K, D], and a class's cosine is the largest of its K. At most 255. */                \
+  TORCH_ARG(int64_t, sub_centers) = centers;                                                               \
+  /* Other classes with a larger cosine have logit 0 and no gradient, as InsightFace's filter. */          \
+  TORCH_ARG(std::optional<double>, interclass_filter) = std::nullopt
 
 /// How a published margin may be varied: see margin.h.
 #define TORCHMARGIN_MARGIN_OPTIONS(Loss)             \
@@ -43,11 +50,26 @@ namespace torchmargin::nn {
   TORCH_ARG(double, lambda_gamma) = Loss::lambda_gamma; \
   TORCH_ARG(double, lambda_min) = Loss::lambda_min
 
+/// One against all: see functional::linear_margin_binary_cross_entropy.
+struct TORCHMARGIN_API OneAgainstAll {
+  std::string kind = "c";
+  double margin = 0.0;
+  double power = 1.0;
+  double positive_weight = 1.0;
+  double negative_weight = 1.0;
+  double first_bias = 0.0; ///< what the one bias starts at
+};
+
 /// What all losses come down to, and what one of your own starts from.
 struct TORCHMARGIN_API MarginLossOptions {
   TORCHMARGIN_LOSS_OPTIONS(MarginLossOptions);
   TORCH_ARG(LossForm, form);
   TORCH_ARG(bool, bias) = false;
+  /// The so many hardest other classes of each row have scale cos(max(theta_j - hardest_margin, 0)).
+  TORCH_ARG(int64_t, hardest) = 0;
+  TORCH_ARG(double, hardest_margin) = 0.0;
+  /// Instead of a softmax; of the form its scale counts, and the bias is 0-dim.
+  TORCH_ARG(std::optional<OneAgainstAll>, one_against_all) = std::nullopt;
 };
 
 struct TORCHMARGIN_API SoftmaxLossOptions {
@@ -147,7 +169,57 @@ struct TORCHMARGIN_API ElasticFaceLossOptions {
   TORCH_ARG(double, deviation) = published::ElasticFace::deviation;
 };
 
+struct TORCHMARGIN_API SubCenterArcFaceLossOptions {
+  TORCHMARGIN_LOSS_OPTIONS_OF(SubCenterArcFaceLossOptions, published::SubCenterArcFace::sub_centers);
+  TORCH_ARG(double, scale) = published::SubCenterArcFace::scale;
+  TORCH_ARG(double, margin) = published::SubCenterArcFace::margin; ///< radians
+  TORCHMARGIN_MARGIN_OPTIONS(published::SubCenterArcFace);
+  /// Instead of margin: one of each class, [C] float without a gradient.
+  TORCH_ARG(at::Tensor, class_margins);
+};
+
+struct TORCHMARGIN_API CurricularFaceLossOptions {
+  TORCHMARGIN_LOSS_OPTIONS(CurricularFaceLossOptions);
+  TORCH_ARG(double, scale) = published::CurricularFace::scale;
+  TORCH_ARG(double, margin) = published::CurricularFace::margin; ///< radians
+  TORCH_ARG(double, momentum) = published::CurricularFace::momentum; ///< of the newest batch in the running mean
+};
+
+struct TORCHMARGIN_API MVSoftmaxLossOptions {
+  TORCHMARGIN_LOSS_OPTIONS(MVSoftmaxLossOptions);
+  TORCH_ARG(double, scale) = published::MVSoftmax::scale;
+  /// "am": the margin is taken from the cosine; "arc": added to the angle.
+  TORCH_ARG(std::string, kind) = published::MVSoftmax::kind;
+  TORCH_ARG(double, margin) = published::MVSoftmax::margin;
+  TORCH_ARG(double, t) = published::MVSoftmax::t;
+};
+
+struct TORCHMARGIN_API InterTopKArcFaceLossOptions {
+  TORCHMARGIN_LOSS_OPTIONS_OF(InterTopKArcFaceLossOptions, published::InterTopKArcFace::sub_centers);
+  TORCH_ARG(double, scale) = published::InterTopKArcFace::scale;
+  TORCH_ARG(double, margin) = published::InterTopKArcFace::margin; ///< radians
+  TORCH_ARG(int64_t, hardest) = published::InterTopKArcFace::hardest;
+  TORCH_ARG(double, hardest_margin) = published::InterTopKArcFace::hardest_margin; ///< radians
+};
+
+struct TORCHMARGIN_API SphereFace2LossOptions {
+  TORCHMARGIN_LOSS_OPTIONS(SphereFace2LossOptions);
+  TORCH_ARG(double, scale) = published::SphereFace2::scale;
+  /// "c", "a" (radians) or "m": see functional::linear_margin_binary_cross_entropy.
+  TORCH_ARG(std::string, kind) = published::SphereFace2::kind;
+  TORCH_ARG(double, margin) = published::SphereFace2::margin;
+  TORCH_ARG(double, t) = published::SphereFace2::t;
+  TORCH_ARG(double, positive_weight) = published::SphereFace2::positive_weight;
+};
+
+struct TORCHMARGIN_API UniFaceLossOptions {
+  TORCHMARGIN_LOSS_OPTIONS(UniFaceLossOptions);
+  TORCH_ARG(double, scale) = published::UniFace::scale;
+  TORCH_ARG(double, margin) = published::UniFace::margin; ///< a difference of cosines
+};
+
 #undef TORCHMARGIN_LOSS_OPTIONS
+#undef TORCHMARGIN_LOSS_OPTIONS_OF
 #undef TORCHMARGIN_MARGIN_OPTIONS
 #undef TORCHMARGIN_ANNEALING_OPTIONS
 

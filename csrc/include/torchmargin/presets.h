@@ -4,6 +4,8 @@
 /// where people read them, and a test compares.
 #pragma once
 
+#include <cstdint>
+
 #include "torchmargin/margin.h"
 
 namespace torchmargin {
@@ -102,6 +104,48 @@ struct MagFace : Common {
   static constexpr double m_max = 0.8;
   static constexpr double regularizer = 35.0;
   static constexpr Extension extension = Extension::linear;
+};
+
+/// K centers for each class.
+struct SubCenterArcFace : ArcFace {
+  static constexpr int64_t sub_centers = 3;
+};
+
+struct CurricularFace : Common {
+  static constexpr double margin = 0.5;
+  static constexpr double momentum = 0.01; ///< of the newest batch in the running mean of cosines
+  static constexpr Extension extension = Extension::linear;
+};
+
+struct MVSoftmax : Common {
+  static constexpr double scale = 32.0;
+  static constexpr const char* kind = "am"; ///< the margin is taken from the cosine; "arc": added to the angle
+  static constexpr double margin = 0.35;
+  static constexpr double t = 0.2;
+  static constexpr Extension extension = Extension::easy;
+};
+
+struct InterTopKArcFace : Common {
+  static constexpr double scale = 32.0;
+  static constexpr double margin = 0.2;
+  static constexpr int64_t sub_centers = 3;
+  static constexpr int64_t hardest = 5; ///< classes
+  static constexpr double hardest_margin = 0.06;
+  static constexpr Extension extension = Extension::continuous;
+};
+
+struct SphereFace2 : Common {
+  static constexpr double scale = 32.0;
+  static constexpr const char* kind = "c"; ///< where the margin stands: see linear_margin_binary_cross_entropy
+  static constexpr double margin = 0.2;
+  static constexpr double t = 3.0; ///< the power of the curve
+  static constexpr double positive_weight = 0.7; ///< lambda; the other classes have 1 - lambda
+  static constexpr bool bias = true;
+};
+
+struct UniFace : Common {
+  static constexpr double margin = 0.4;
+  static constexpr bool bias = true;
 };
 
 struct ElasticFace : Common {

@@ -43,6 +43,12 @@ void with_every_loss(Function f) {
   f(nn::AdaFaceLoss(6, 21));
   f(nn::MagFaceLoss(nn::MagFaceLossOptions(6, 21).a_min(1).a_max(5)));
   f(nn::ElasticFaceLoss(nn::ElasticFaceLossOptions(6, 21).deviation(0)));
+  f(nn::SubCenterArcFaceLoss(6, 21));
+  f(nn::CurricularFaceLoss(6, 21));
+  f(nn::MVSoftmaxLoss(6, 21));
+  f(nn::InterTopKArcFaceLoss(6, 21));
+  f(nn::SphereFace2Loss(6, 21));
+  f(nn::UniFaceLoss(6, 21));
 }
 
 // Every number of the options, a tenth smaller.

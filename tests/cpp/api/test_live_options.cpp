@@ -12,10 +12,16 @@ TEST(ModulesOptions, AreReadAtEachCall) {
     const Batch b;
     const torch::Tensor before = loss->forward(b.embeddings, b.labels);
     shrink_numbers(loss);
-    loss->options.label_smoothing(0.2).ignore_index(b.labels[0].template item<int64_t>()).reduction("sum");
+    const bool softmax = !loss->margin_loss_options().one_against_all().has_value();
+    loss->options.label_smoothing(softmax ? 0.2 : 0.0)
+        .ignore_index(b.labels[0].template item<int64_t>())
+        .reduction("sum");
     decltype(loss) built(loss->options);
     built->weight.data().copy_(loss->weight);
-    if (auto state = loss->named_buffers(); state.contains("step")) { // the annealing goes on
+    if (auto state = loss->named_buffers(); state.contains("t") && loss->saved_numbers().size() == 3 &&
+        state["t"].scalar_type() == torch::kFloat32) { // CurricularFace's
+      built->named_buffers()["t"].copy_(state["t"]);
+    } else if (state.contains("step")) { // the annealing goes on
       built->named_buffers()["step"].copy_(state["step"]);
     } else if (state.contains("length_mean")) {
       built->named_buffers()["length_mean"].copy_(state["length_mean"]);

@@ -301,6 +301,7 @@ TYPED_TEST(DeviceKernels, SoftmaxTakesTheWholeLse) {
 
 TYPED_TEST(DeviceKernels, TargetRows) {
   TORCHMARGIN_TYPES
+  constexpr int64_t kNumbers = sizeof(RowState) / sizeof(double);
   for (const auto& [rows, features, classes] : kSizes) {
     for (const bool normalize : {true, false}) {
       for (const bool measured : {false, true}) {
@@ -317,13 +318,13 @@ TYPED_TEST(DeviceKernels, TargetRows) {
               .target_logit = logit.data(),
               .target_angle = angle.data()});
           const auto* const numbers = reinterpret_cast<const double*>(state.data());
-          return std::tuple(std::vector<double>(numbers, numbers + 4 * rows), logit, angle);
+          return std::tuple(std::vector<double>(numbers, numbers + kNumbers * rows), logit, angle);
         };
         const auto got = run([&](const TargetRowsArgs& args) { device::launch_target_rows(args, kAcc, nullptr); });
         const auto expected = run([&](const TargetRowsArgs& args) { cpu::target_rows_range(args, kAcc, 0, rows); });
         const auto& [state, logit, angle] = expected;
         const auto state_bound = [&](int64_t k) {
-          return k % 4 < 2 ? rounding(features, state[k]) : distance_rounding(features);
+          return k % kNumbers < 2 ? rounding(features, state[k]) : distance_rounding(features);
         };
         const auto* const rows_of_state = reinterpret_cast<const RowState*>(state.data());
         const auto logit_bound = [&](int64_t i) {

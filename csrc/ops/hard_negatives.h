@@ -1,0 +1,48 @@
+// What heads do to a row's other classes, where it is arithmetic on [B, k] or [B, C] tensors: in ATen's ops, which
+// autograd differentiates. Which classes are hard, and which are the hardest, are constants to it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string_view>
+
+#include "ops/problem.h"
+
+namespace torchmargin {
+
+// hardest_margin: radians, of problem.hardest classes.
+void check_hardest_margin(std::string_view op, const LinearProblem& problem, double hardest_margin);
+
+// cos(m1 theta + m2) - m3 of each row, [B] float64, from its angle: the threshold of a row for which none is given.
+// +infinity where the target is absent. It has neither the margin's extension nor its weight, as the papers have it.
+at::Tensor plain_margin(const LinearProblem& problem, const at::Tensor& target_angle);
+
+// Cosines [B, C] with those of hard negatives changed. own: [B, C] bool, each row's own class; angle: [B] float64.
+at::Tensor changed_cosines(
+    const LinearProblem& problem,
+    const at::Tensor& cosines,
+    const at::Tensor& own,
+    const at::Tensor& target_angle);
+
+// The classes of the largest other logits, [B, hardest], the larger and then the lower class first; -1 where there are
+// none: neither NaN nor -infinity is one.
+at::Tensor rank_hardest(const at::Tensor& logits, const at::Tensor& own, int64_t hardest);
+
+// [B, C] bool: each row's own class, where it is one of them.
+at::Tensor own_class(const at::Tensor& target, const c10::SymInt& classes);
+
+// scale cos(max(theta - margin, 0)) of logits scale cos(theta), of any shape; -infinity and NaN stay.
+at::Tensor with_hardest_margin(const at::Tensor& logits, double scale, double margin);
+
+struct OtherSums {
+  at::Tensor other_lse; // [B] each
+  at::Tensor logit_sum;
+};
+// The sums with the hardest classes in them, after their margin. hardest_logit: [B, k]; k = 0 changes nothing.
+OtherSums with_hardest(const OtherSums& sums, const at::Tensor& hardest_logit, double scale, double margin);
+
+// margin_logits of a problem that is not plain.
+at::Tensor head_logits(const LinearProblem& problem, double hardest_margin);
+
+} // namespace torchmargin
