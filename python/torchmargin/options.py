@@ -7,12 +7,22 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 from typing_extensions import TypedDict
 
-__all__ = ["CosineMargin", "Extension", "LinearMargin", "MarginGradient", "MarginShape", "Reduction"]
+__all__ = [
+    "BinaryKind",
+    "CosineMargin",
+    "Extension",
+    "LinearHead",
+    "LinearMargin",
+    "MarginGradient",
+    "MarginShape",
+    "Reduction",
+]
 
 # The ops check the strings when they run; docs: torchmargin.functional.
 Extension: TypeAlias = Literal["none", "linear", "continuous", "easy", "clip", "monotonic"]
 MarginGradient: TypeAlias = Literal["exact", "straight_through"]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
+BinaryKind: TypeAlias = Literal["c", "a", "m"]
 
 
 class MarginShape(TypedDict, total=False):
@@ -43,3 +53,13 @@ class LinearMargin(MarginShape, total=False):
     margin_weight: float
     normalize_input: bool
     normalize_weight: bool
+    sub_centers: int
+    hard_threshold: Tensor | None
+    hard_coefficients: Tensor | None
+
+
+class LinearHead(LinearMargin, total=False):
+    """What makes losses and logits takes beyond them."""
+
+    hardest: int
+    hardest_margin: float

@@ -58,12 +58,45 @@ def margin_numbers(
     return [scale, m1, m2, m3, float(EXTENSIONS.index(extension)), margin_weight, straight_through]
 
 
-def linear_numbers(normalize_input=True, normalize_weight=True, compute_dtype=None, **margin) -> list[float]:
-    """The same of a linear op."""
-    return [*margin_numbers(**margin), float(normalize_input), float(normalize_weight), SCALAR_TYPES[compute_dtype]]
+# The private forward's results, by their place.
+FORWARD_RESULTS = [
+    "other_lse",
+    "target_logit",
+    "logit_sum",
+    "hardest_logit",
+    "target_angle",
+    "max_other_logit",
+    "hardest_class",
+    "kept",
+    "winners",
+    "inverse_norms",
+    "weight_sum",
+    "row_state",
+    "weight_scale",
+]
 
 
-def packed(input, weight, target, bias=None, sample_m2=None, sample_m3=None, sample_margin_weight=None, **options):
+def linear_numbers(
+    normalize_input=True, normalize_weight=True, compute_dtype=None, sub_centers=1, hardest=0, **margin
+) -> list[float]:
+    """The same of a linear op; the last three are those of one against all, which it is not."""
+    shape = [float(normalize_input), float(normalize_weight), SCALAR_TYPES[compute_dtype]]
+    return [*margin_numbers(**margin), *shape, float(sub_centers), float(hardest), 0.0, 0.0, 1.0]
+
+
+def packed(
+    input,
+    weight,
+    target,
+    bias=None,
+    sample_m2=None,
+    sample_m3=None,
+    sample_margin_weight=None,
+    hard_threshold=None,
+    hard_coefficients=None,
+    **options,
+):
     """The arguments of a linear op as the private ones take them."""
     numbers = linear_numbers(**options)
-    return [input, weight, bias, sample_m2, sample_m3, target, sample_margin_weight, numbers]
+    hard = [hard_threshold, hard_coefficients]
+    return [input, weight, bias, sample_m2, sample_m3, target, sample_margin_weight, *hard, numbers]

@@ -6,7 +6,7 @@ import torch
 import torchmargin
 import torchmargin.functional as F
 
-from conftest import linear_numbers, margin_numbers, packed, problem
+from conftest import FORWARD_RESULTS, linear_numbers, margin_numbers, packed, problem
 
 X, W = torch.randn(4, 6), torch.randn(9, 6)
 Y = torch.zeros(4, dtype=torch.long)
@@ -246,6 +246,13 @@ def test_settings_refuse_nonsense():
             torchmargin.plan(4, 5, 6, device="cuda")
 
 
+def _record():
+    """What the private backward needs of its forward, by name."""
+    results = torch.ops.torchmargin._linear_margin_forward(*packed(X, W, Y), None, True, 0, None)
+    named = dict(zip(FORWARD_RESULTS, results, strict=True))
+    return {name: named[name] for name in ("other_lse", *FORWARD_RESULTS[6:])}
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -257,23 +264,18 @@ def test_settings_refuse_nonsense():
         ({"other_lse": torch.zeros(4)}, "expected other_lse as the forward returned it, in Double, but got Float"),
         ({"kept": torch.zeros(4, 10)}, r"expected kept to have shape \[4, at most 9\], but got \[4, 10\]"),
         ({"inverse_norms": torch.zeros(8)}, r"expected inverse_norms to have shape \[9\], but got \[8\]"),
-        ({"row_state": torch.zeros(4, 3)}, r"expected row_state to have shape \[4, 4\], but got \[4, 3\]"),
+        ({"row_state": torch.zeros(4, 3)}, r"expected row_state to have shape \[4, 5\], but got \[4, 3\]"),
         ({"weight_scale": torch.zeros(1)}, r"expected weight_scale to have shape \[0\], but got \[1\]"),
         ({"weight_sum": torch.zeros(5)}, r"expected weight_sum to have shape \[6\], but got \[5\]"),
     ],
 )
 def test_the_private_backward_refuses_what_does_not_fit(change, text):
-    results = torch.ops.torchmargin._linear_margin_forward(*packed(X, W, Y), None, True, 0, None)
     good = {
         "grad_other_lse": torch.ones(4),
         "grad_target_logit": None,
         "grad_logit_sum": torch.ones(4),
-        "other_lse": results[0],
-        "kept": results[5],
-        "inverse_norms": results[6],
-        "weight_sum": results[7],
-        "row_state": results[8],
-        "weight_scale": results[9],
+        "grad_hardest_logit": None,
+        **_record(),
         "wanted": [True, True, False, False, False],
     }
     torch.ops.torchmargin._linear_margin_backward(*packed(X, W, Y), **good)
@@ -286,11 +288,9 @@ def test_the_private_backward_refuses_what_does_not_fit(change, text):
         torch.ops.torchmargin._linear_margin_backward(*packed(*(t.to("meta") for t in (X, W, Y))), **on_meta)
 
 
-@pytest.mark.parametrize("name", ["other_lse", "kept", "inverse_norms", "weight_sum", "row_state", "weight_scale"])
+@pytest.mark.parametrize("name", ["other_lse", *FORWARD_RESULTS[6:]])
 def test_the_private_backward_refuses_a_record_of_another_device(name):
-    results = torch.ops.torchmargin._linear_margin_forward(*packed(X, W, Y), None, True, 0, None)
-    record = dict(zip(["kept", "inverse_norms", "weight_sum", "row_state", "weight_scale"], results[5:], strict=True))
-    record["other_lse"] = results[0]
+    record = _record()
     record[name] = record[name].to("meta")
     text = f"_linear_margin_backward: expected {name} on the device of input, cpu, but got meta"
     with pytest.raises(RuntimeError, match=text):
@@ -299,6 +299,7 @@ def test_the_private_backward_refuses_a_record_of_another_device(name):
             grad_other_lse=torch.ones(4),
             grad_target_logit=None,
             grad_logit_sum=torch.ones(4),
+            grad_hardest_logit=None,
             **record,
             wanted=[True, True, False, False, False],
         )
@@ -306,7 +307,7 @@ def test_the_private_backward_refuses_a_record_of_another_device(name):
 
 def test_the_other_private_backwards_refuse_what_does_not_fit():
     ops = torch.ops.torchmargin
-    more = {"row_state": torch.zeros(4, 4).double(), "wanted": [True, True, False, False, False]}
+    more = {"row_state": torch.zeros(4, 5).double(), "wanted": [True, True, False, False, False]}
     with pytest.raises(RuntimeError, match=r"_margin_logits_backward: expected grad_logits to have shape \[4, 9\]"):
         ops._margin_logits_backward(*packed(X, W, Y), grad_logits=torch.ones(4, 8), inverse_norms=torch.ones(9), **more)
     with pytest.raises(RuntimeError, match=r"_margin_logits_backward: expected inverse_norms to have shape \[9\]"):
@@ -330,7 +331,7 @@ def test_the_other_private_backwards_refuse_what_does_not_fit():
         ops._linear_margin_forward(*packed(X, W, Y), None, True, 10, None)
 
 
-@pytest.mark.parametrize("numbers", [[], [1.0] * 9, [1.0] * 11, linear_numbers(scale=1.0)[:4] + [6.0] * 6])
+@pytest.mark.parametrize("numbers", [[], [1.0] * 14, [1.0] * 16, linear_numbers(scale=1.0)[:4] + [6.0] * 11])
 def test_private_ops_refuse_numbers_that_they_cannot_read(numbers):
     arguments = packed(X, W, Y)
     arguments[-1] = numbers

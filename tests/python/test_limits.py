@@ -357,7 +357,7 @@ def test_margin_logits_need_a_class():
     for op, more in (("_margin_logits_forward", []), ("_margin_logits_backward", None)):
         arguments = packed(x.detach(), torch.zeros(0, 6, dtype=torch.float64), y)
         if more is None:
-            state = torch.zeros(9, 4, dtype=torch.float64)
+            state = torch.zeros(9, 5, dtype=torch.float64)
             more = [torch.zeros(9, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), state, [True] * 5]
         with pytest.raises(RuntimeError, match=rf"^{op}: expected weight to hold at least one class"):
             getattr(torch.ops.torchmargin, op)(*arguments, *more)
@@ -386,5 +386,5 @@ class _Kept(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.torchmargin._linear_margin_forward.default:
-            self.seen.append(args[10])
+            self.seen.append(args[12])
         return func(*args, **(kwargs or {}))

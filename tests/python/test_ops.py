@@ -241,21 +241,21 @@ def test_forward_with_a_given_state(dtype, normalize, workspace):
         return torch.ops.torchmargin._linear_margin_forward(*arguments, None, with_sum, kept, state)
 
     whole = forward(None)
-    state = whole[8]
+    state = whole[11]
     for with_sum, kept in ((True, 0), (False, 0), (True, 7)):
         for got, expected in zip(forward(state, with_sum=with_sum, kept=kept), forward(None, 0, None, with_sum, kept)):
             assert torch.equal(got, expected)
     middle = workspace.classes // 2
     for first, last in ((0, middle), (middle, workspace.classes)):
         got, own = forward(state, first, last), forward(None, first, last)
-        for ours, true in zip(got[:5], own[:5]):
+        for ours, true in zip(got[:6], own[:6]):
             assert torch.equal(ours, true)
         held = (first <= y) & (y < last)
         assert torch.equal(got[1][held], whole[1][held]) and (got[1][~held] == 0).all()
-        assert torch.equal(got[8], state) and got[8].data_ptr() != state.data_ptr()
+        assert torch.equal(got[11], state) and got[11].data_ptr() != state.data_ptr()
     # The state is read: a right angle's has delta and sigma of 2, squared.
     right = state.clone()
-    right[:, 2:] = 2.0
+    right[:, 2:4] = 2.0
     lengths = 1.0 if normalize else state[:, :2].sqrt().prod(1)
     own_bias = b.double()[y.clamp(min=0)]
     expected = torch.where(y >= 0, 16.0 * lengths * math.cos(math.pi / 2 + 0.3) + own_bias, 0.0)
