@@ -414,14 +414,16 @@ class ClassParallel(nn.Module):
             place = torch.searchsorted(sample.classes, labels)
             at = sample.classes[place.clamp(max=max(len(sample.classes) - 1, 0))] if len(sample.classes) else place
             present = (place < len(sample.classes)) & (at == labels) & (len(sample.classes) > 0)
-            return [_Partials(*op(rows, sample.weight, torch.where(present, place, -1), bias, calls=1, **arguments))]
+            results = op(rows, sample.weight, torch.where(present, place, -1), bias, calls=1, **arguments)
+            return [_Partials(*results[: len(_Partials._fields)])]
         found = []
         biases: Sequence[Tensor | None] = [None] * len(self.weight) if self.bias is None else list(self.bias)
         # NB: to_local() one block at a time: nodes of all of them up front would run last, and hold all gradients.
         for block, bias_block, (first, _) in zip(self.weight, biases, self.class_ranges):
             bias = None if bias_block is None else cast(DTensor, bias_block).to_local()
             weight = cast(DTensor, block).to_local()
-            found.append(_Partials(*op(rows, weight, labels - first, bias, calls=len(self.weight), **arguments)))
+            results = op(rows, weight, labels - first, bias, calls=len(self.weight), **arguments)
+            found.append(_Partials(*results[: len(_Partials._fields)]))
         return found
 
     def _drawn(self, drawn_rows: DrawnRows, rows: Tensor, labels: Tensor) -> DrawnSample:
@@ -653,11 +655,25 @@ def _check_loss(loss: MarginLoss) -> None:
             f"expected a loss with MarginLoss's forward, but {type(loss).__name__} has its own, which knows nothing of "
             f"ranks; a loss says what it adds in sample_margins, advance and row_penalty"
         )
+    _check_negatives(loss)
     if "weight" not in loss._parameters:
         raise ValueError("expected a loss with its own weights, but they are in a ClassParallel already")
     others = [name for name, _ in loss.named_parameters() if name not in ("weight", "bias")]
     if others:
         raise TypeError(f"expected a loss without parameters beside weight and bias, but got {', '.join(others)}")
+
+
+def _check_negatives(loss: MarginLoss) -> None:
+    """What changes the logits of other classes needs the angle of a row's own class, which another rank may hold."""
+    name = type(loss).__name__
+    changed = type(loss).negatives is not MarginLoss.negatives or loss.interclass_filter is not None
+    if loss.sub_centers != 1 or changed or loss.reads_angle or type(loss)._op is not MarginLoss._op:
+        raise TypeError(
+            f"expected a loss whose other classes have one center and plain logits, but {name} has not; such losses do "
+            f"not go over ranks yet"
+        )
+    if loss._margin().get("hardest", 0):
+        raise TypeError(f"expected a loss without a margin for its hardest classes, but {name} has one")
 
 
 def _text_of(sampler: Sampler | None) -> str:

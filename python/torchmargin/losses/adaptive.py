@@ -99,12 +99,14 @@ class AdaFaceLoss(_ByLength):
             batch[2].append(super()._lengths(embeddings, labels))
         return batch[2][0]
 
-    def _advance_once(self, embeddings: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _advance_once(
+        self, embeddings: Tensor, labels: Tensor, angle: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         if torch.compiler.is_compiling():
-            return super()._advance_once(embeddings, labels)
+            return super()._advance_once(embeddings, labels, angle)
         self._batch = embeddings, labels, []
         try:
-            return super()._advance_once(embeddings, labels)
+            return super()._advance_once(embeddings, labels, angle)
         except BaseException:
             self._batch = None
             raise

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from typing_extensions import Self, TypedDict, Unpack
 
 from torchmargin import _extension  # noqa: F401  (registers the ops)
-from torchmargin.losses.numbers import Alias, Number, check_finite, check_radians
+from torchmargin.losses.numbers import Alias, Number, check_finite, check_radians, is_number
 from torchmargin.losses.recompute import empty_log, key_of, log_shape
 from torchmargin.options import Extension, MarginGradient, Reduction
 
-__all__ = ["CommonOptions", "MarginLoss", "MarginStatistics"]
+__all__ = ["CommonOptions", "MarginLoss", "MarginStatistics", "SharedOptions"]
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -26,14 +26,30 @@ def _stays_in_python(method: Method) -> Method:
     return cast(Method, torch.jit.ignore(method))
 
 
-class CommonOptions(TypedDict, total=False):
+def _given(angle: Tensor | None) -> tuple[Any, ...]:
+    """What a hook gets beside embeddings and labels."""
+    return () if angle is None else (angle,)
+
+
+# Of an option: a number, or None.
+_FILTER: tuple[str, ...] = ("a number", "None")
+
+
+class SharedOptions(TypedDict, total=False):
     """Keyword arguments that every loss takes, with torch.nn.CrossEntropyLoss's meaning and defaults."""
 
     label_smoothing: float  # in [0, 1], default 0
     ignore_index: int  # rows with this label count for nothing, default -100
     reduction: Reduction  # "mean" (default), "sum" or "none"
+    interclass_filter: float | None  # other classes with a larger cosine have logit 0 (InsightFace), default None
     device: torch.device | str | None  # of the weights
     dtype: torch.dtype | None  # of the weights
+
+
+class CommonOptions(SharedOptions, total=False):
+    """The same, and the number of centers, which some losses have a default of their own for."""
+
+    sub_centers: int  # K centers for each class, the nearest of which counts (sub-center ArcFace), default 1
 
 
 class MarginStatistics(NamedTuple):
@@ -63,8 +79,10 @@ class MarginLoss(nn.Module):
     """A classification head and its loss in one module: weights [C, D], never the logits [B, C].
 
     The base of the published losses, and all that a new one needs: give it the margin, or override
-    :meth:`sample_margins` for a margin that differs from row to row, :meth:`advance` for state that moves
-    with training, :meth:`row_penalty` for what is added to a row's loss.
+    :meth:`sample_margins` for a margin that differs from row to row, :meth:`negatives` for what happens to the logits
+    of other classes, :meth:`advance` for state that moves with training, :meth:`row_penalty` for what is added to a
+    row's loss. A loss with ``reads_angle = True`` gets the angle [B] of each row to its class, detached, as a third
+    argument of the first three.
 
     ``loss(embeddings, labels)`` takes embeddings [B, D] and labels [B] int64 and returns the loss, a
     scalar (or [B] with reduction "none") in float64 for float64 weights and float32 otherwise. With
@@ -87,17 +105,24 @@ class MarginLoss(nn.Module):
         normalize_input, normalize_weight: whether embeddings and weights become unit vectors.
         bias: whether there is a bias [C].
         label_smoothing, ignore_index, reduction: as in torch.nn.CrossEntropyLoss.
+        sub_centers: K, at most 255: weights are [C K, D], class j has the rows j K ... j K + K - 1, and its cosine is
+            the largest of theirs.
+        interclass_filter: other classes whose cosine is above it have logit 0 and no gradient, as InsightFace's
+            interclass_filtering_threshold.
         device, dtype: of the weights.
     """
 
     if TYPE_CHECKING:  # TorchScript reads annotations that are there at run time, and cannot read these
         weight: Tensor
         bias: Tensor | None
+        interclass_filter: float | None
         _unsaved: ClassVar[frozenset[str]]
         _options: ClassVar[dict[str, type | tuple[str, ...]]]
         _roles: ClassVar[dict[str, str]]
 
         __call__: _Call
+
+    reads_angle = False  # do its hooks read the angle of a row to its class?
 
     scale = Number()
     m1 = Number()
@@ -115,6 +140,7 @@ class MarginLoss(nn.Module):
         "normalize_weight": bool,
         "ignore_index": int,
         "reduction": str,
+        "interclass_filter": _FILTER,
     }
     # The numbers that stand for the op's m1, m2 and m3; see __init_subclass__.
     _roles = {"m1": "m1", "m2": "m2", "m3": "m3"}
@@ -144,6 +170,10 @@ class MarginLoss(nn.Module):
                 f"expected in_features and num_classes to be positive, but got {in_features} and {num_classes}"
             )
         device, dtype = common.pop("device", None), common.pop("dtype", None)
+        sub_centers = common.pop("sub_centers", 1)
+        if not isinstance(sub_centers, int) or isinstance(sub_centers, bool):
+            raise TypeError(f"{type(self).__name__}: expected sub_centers to be an int, but got {sub_centers!r}")
+        self.sub_centers = sub_centers
         self.in_features = in_features
         self.num_classes = num_classes
         self._numbers: dict[str, float | Tensor] = {}
@@ -162,9 +192,10 @@ class MarginLoss(nn.Module):
             self.label_smoothing = common.pop("label_smoothing", 0.0)
             self.ignore_index = common.pop("ignore_index", -100)
             self.reduction = common.pop("reduction", "mean")
+            self.interclass_filter = common.pop("interclass_filter", None)
         if common:
             raise TypeError(f"{type(self).__name__}: unexpected keyword argument {next(iter(common))!r}")
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(num_classes * sub_centers, in_features, device=device, dtype=dtype))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
         )
@@ -192,6 +223,17 @@ class MarginLoss(nn.Module):
         """
         return {}
 
+    def negatives(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Of hard_threshold ([B] or 0-dim) and hard_coefficients ([3] or [B, 3]) those that this loss sets: see
+        torchmargin.functional. In the losses' dtype or float64, without gradients."""
+        if self.interclass_filter is None:
+            return {}
+        device = self.weight.device
+        return {
+            "hard_threshold": torch.full((), self.interclass_filter, dtype=torch.float64, device=device),
+            "hard_coefficients": torch.zeros(3, dtype=torch.float64, device=device),
+        }
+
     def advance(self, embeddings: Tensor, labels: Tensor) -> None:
         """Moves the state of training, once before each training forward: 0-dim buffers, in place.
 
@@ -217,14 +259,14 @@ class MarginLoss(nn.Module):
         self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, MarginStatistics]:
         self._check_holds_weights()
-        ops = torch.ops.torchmargin
-        op = ops._linear_margin_cross_entropy_statistics if return_statistics else ops.linear_margin_cross_entropy
+        op = self._op(return_statistics)
         if not self._fits(embeddings, labels):  # the op says what is wrong
             refused: Tensor = op(embeddings, self.weight, labels, self.bias, **self._margin(), **self._reduction())
             return refused
         compute_dtype = self._compute_dtype(embeddings)
         embeddings = self._widened(embeddings)
-        before, fresh = self._advance_once(embeddings, labels)
+        angle = self._target_angle(embeddings, labels) if self.reads_angle else None
+        before, fresh = self._advance_once(embeddings, labels, angle)
         try:
             result = op(
                 embeddings,
@@ -234,7 +276,8 @@ class MarginLoss(nn.Module):
                 compute_dtype=compute_dtype,
                 **self._margin(),
                 **self._reduction(),
-                **self._row_margins(embeddings, labels),
+                **self._row_margins(embeddings, labels, angle),
+                **self._negatives(embeddings, labels, angle),
             )
             penalty = self.row_penalty(embeddings, labels)
         except BaseException:
@@ -258,6 +301,7 @@ class MarginLoss(nn.Module):
             scale=self._numbers["scale"],
             normalize_input=self.normalize_input,
             normalize_weight=self.normalize_weight,
+            sub_centers=self.sub_centers,
             compute_dtype=self._compute_dtype(embeddings),
         )
         return logits
@@ -268,6 +312,8 @@ class MarginLoss(nn.Module):
         parts += [f"ignore_index={self.ignore_index}"] if self.ignore_index != -100 else []
         parts += [f"reduction={self.reduction!r}"] if self.reduction != "mean" else []
         parts += ["bias=True"] if self.bias is not None else []
+        parts += [f"sub_centers={self.sub_centers}"] if self.sub_centers != 1 else []
+        parts += [f"interclass_filter={self.interclass_filter:g}"] if self.interclass_filter is not None else []
         return ", ".join(parts)
 
     def describe_margin(self) -> str:
@@ -325,10 +371,24 @@ class MarginLoss(nn.Module):
             "margin_gradient": self.margin_gradient,
             "normalize_input": self.normalize_input,
             "normalize_weight": self.normalize_weight,
+            "sub_centers": self.sub_centers,
         }
 
-    def _row_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        margins = dict(self.sample_margins(embeddings, labels))
+    def _op(self, return_statistics: bool) -> Any:
+        ops = torch.ops.torchmargin
+        return ops._linear_margin_cross_entropy_statistics if return_statistics else ops.linear_margin_cross_entropy
+
+    def _target_angle(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        angle: Tensor = torch.ops.torchmargin.linear_target_angle(
+            embeddings, self.weight, labels, sub_centers=self.sub_centers
+        )
+        return angle
+
+    def _negatives(self, embeddings: Tensor, labels: Tensor, angle: Tensor | None) -> dict[str, Tensor]:
+        return dict(self.negatives(embeddings, labels, *_given(angle)))
+
+    def _row_margins(self, embeddings: Tensor, labels: Tensor, angle: Tensor | None = None) -> dict[str, Tensor]:
+        margins = dict(self.sample_margins(embeddings, labels, *_given(angle)))
         for role in ("m2", "m3"):
             number = self._buffers.get(self._roles[role])
             if number is None:
@@ -356,7 +416,9 @@ class MarginLoss(nn.Module):
 
     # ---- state that moves ----------------------------------------------------------------------------------------
 
-    def _advance_once(self, embeddings: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _advance_once(
+        self, embeddings: Tensor, labels: Tensor, angle: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Gives the buffers that move the state that this forward shall use: its own, if it is run a second time.
 
         Returns what _settle needs: these buffers as they were, and whether this is no second run.
@@ -374,7 +436,7 @@ class MarginLoss(nn.Module):
         before = clones if compiling else buffers
         with torch.no_grad():
             try:
-                self.advance(embeddings, labels)
+                self.advance(embeddings, labels, *_given(angle))
                 if not names:
                     return {}, None
                 state = torch.stack([self.number(name).double() for name in names])
@@ -438,7 +500,7 @@ class MarginLoss(nn.Module):
         """What stands for the weights has their shape, dtype and device, and no memory."""
         self.num_classes = num_classes
         one = (self.weight if like is None else like).new_zeros(())
-        self.weight = one.expand(num_classes, self.in_features)
+        self.weight = one.expand(num_classes * self.sub_centers, self.in_features)
 
     # ---- numbers and options -------------------------------------------------------------------------------------
 
@@ -488,8 +550,15 @@ class MarginLoss(nn.Module):
         nothing = torch.empty(0, 1, device="meta")
         labels = torch.empty(0, dtype=torch.int64, device="meta")
         torch.ops.torchmargin.linear_margin_cross_entropy(
-            nothing, nothing.new_empty(1, 1), labels, **self._margin(), **self._reduction()
+            nothing, nothing.new_empty(max(self.sub_centers, 1), 1), labels, **self._margin(), **self._reduction()
         )
+        if self.interclass_filter is not None:
+            if not (self.normalize_input and self.normalize_weight):
+                raise ValueError(
+                    f"{type(self).__name__}: expected normalize_input and normalize_weight with interclass_filter, "
+                    f"which is a cosine"
+                )
+            check_finite("interclass_filter", self.interclass_filter)
 
     def _set_number(self, number: Number[Any], value: float | Tensor) -> None:
         with self._checked_together():
@@ -499,7 +568,10 @@ class MarginLoss(nn.Module):
 
     def _set_option(self, name: str, value: Any) -> None:
         allowed = self._options[name]
-        if not isinstance(allowed, tuple):
+        if allowed is _FILTER:
+            if value is not None and not is_number(value):
+                raise TypeError(f"{type(self).__name__}: expected {name} to be a number or None, but got {value!r}")
+        elif not isinstance(allowed, tuple):
             if not isinstance(value, allowed) or isinstance(value, bool) != (allowed is bool):
                 raise TypeError(f"{type(self).__name__}: expected {name} to be {allowed.__name__}, but got {value!r}")
         elif value not in allowed:

@@ -1,0 +1,188 @@
+"""Losses with a logistic loss for each class: one against all others, without a sum over the classes' exponentials."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from torchmargin.losses.base import CommonOptions, MarginLoss
+from torchmargin.losses.numbers import Number, check_not_negative, check_share
+from torchmargin.options import BinaryKind
+
+__all__ = ["SphereFace2Loss", "UniFaceLoss"]
+
+
+class _OneAgainstAll(MarginLoss):
+    """What calls linear_margin_binary_cross_entropy; its one bias is a parameter, 0-dim."""
+
+    margin = Number(check_not_negative)
+    _unsaved = MarginLoss._unsaved | {"m1", "m2", "m3"}
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, scale: float, margin: float, **common: Unpack[CommonOptions]
+    ) -> None:
+        name = type(self).__name__
+        if common.get("label_smoothing", 0.0) != 0:
+            raise ValueError(f"{name}: expected no label_smoothing, it is a mean over the logits of a softmax")
+        super().__init__(in_features, num_classes, scale=scale, **common)
+        self.margin = margin
+        self.bias = nn.Parameter(torch.empty((), device=self.weight.device, dtype=self.weight.dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.bias is not None:
+            nn.init.constant_(self.bias, self._first_bias())
+
+    def _first_bias(self) -> float:
+        return 0.0
+
+    def _form(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """scale g(c) + bias [B, C] without a margin: what each class's own logistic loss reads."""
+        self._check_holds_weights()
+        cosines: Tensor = torch.ops.torchmargin.margin_logits(
+            self._widened(embeddings),
+            self.weight,
+            sub_centers=self.sub_centers,
+            compute_dtype=self._compute_dtype(embeddings),
+        )
+        power = self._form().get("power", 1.0)
+        curve = cosines if power == 1 else 2 * ((cosines + 1) / 2).clamp(min=0) ** power - 1
+        return self._numbers["scale"] * curve + (0 if self.bias is None else self.bias.to(curve.dtype))
+
+    def _op(self, return_statistics: bool) -> Any:
+        ops = torch.ops.torchmargin
+        return (
+            ops._linear_margin_binary_cross_entropy_statistics
+            if return_statistics
+            else ops.linear_margin_binary_cross_entropy
+        )
+
+    def _margin(self) -> dict[str, Any]:
+        if "margin" not in self._numbers:
+            return super()._margin()  # the constructor sets it later
+        return {"scale": self._numbers["scale"], "margin": self._numbers["margin"], **self._form()}
+
+    def _reduction(self) -> dict[str, Any]:
+        reduction = super()._reduction()
+        if "margin" in self._numbers:
+            del reduction["label_smoothing"]
+        return reduction
+
+    def _check_parameters(self) -> None:
+        if "margin" not in self._numbers:
+            super()._check_parameters()
+            return
+        name = type(self).__name__
+        if self._numbers["label_smoothing"] != 0:
+            raise ValueError(f"{name}: expected no label_smoothing, it is a mean over the logits of a softmax")
+        if self.interclass_filter is not None:
+            raise ValueError(f"{name}: expected no interclass_filter, classes are not compared with each other")
+        if not (self.normalize_input and self.normalize_weight):
+            raise ValueError(f"{name}: expected normalize_input and normalize_weight, its curve is of cosines")
+        nothing = torch.empty(0, 1, device="meta")
+        labels = torch.empty(0, dtype=torch.int64, device="meta")
+        self._op(False)(
+            nothing,
+            nothing.new_empty(self.sub_centers, 1),
+            labels,
+            sub_centers=self.sub_centers,
+            **self._margin(),
+            **self._reduction(),
+        )
+
+    def _negatives(self, embeddings: Tensor, labels: Tensor, angle: Tensor | None) -> dict[str, Any]:
+        return {"sub_centers": self.sub_centers}
+
+    @property
+    def _one_against_all(self) -> bool:
+        return True
+
+
+class SphereFace2Loss(_OneAgainstAll):
+    """SphereFace2: Wen et al., ICLR 2022 (arXiv:2108.01513).
+
+    For each class a logistic loss of scale (g(cos(theta)) - margin) + b for the own class and scale (g(cos(theta_j)) +
+    margin) + b for another, with g(c) = 2 ((c + 1) / 2)^t - 1 and b learned, 0 at the start. ``positive_weight`` (the
+    paper's lambda) weighs the own class, 1 - positive_weight the others. ``kind`` "c" has the margin at g; "a" at the
+    angles (radians), as wespeaker and OpenSphere have it too.
+    """
+
+    t = Number()
+    positive_weight = Number(check_share)
+    _options = {**MarginLoss._options, "kind": ("c", "a", "m")}
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        scale: float = 32.0,
+        kind: BinaryKind = "c",
+        margin: float = 0.2,
+        t: float = 3.0,
+        positive_weight: float = 0.7,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        self.__dict__["_first"] = {"kind": kind, "t": t, "positive_weight": positive_weight}
+        super().__init__(in_features, num_classes, scale=scale, margin=margin, **common)
+        del self.__dict__["_first"]
+        with self._checked_together():
+            self.kind = kind
+            self.t = t
+            self.positive_weight = positive_weight
+
+    def _form(self) -> dict[str, Any]:
+        first = self.__dict__.get("_first")
+        form = first or {
+            "kind": self.kind,
+            "t": self._numbers["t"],
+            "positive_weight": self._numbers["positive_weight"],
+        }
+        return {
+            "kind": form["kind"],
+            "power": form["t"],
+            "positive_weight": form["positive_weight"],
+            "negative_weight": 1.0 - form["positive_weight"],
+        }
+
+    def describe_margin(self) -> str:
+        return (
+            f"scale={self.scale:g}, kind={self.kind!r}, margin={self.margin:g}, t={self.t:g}, "
+            f"positive_weight={self.positive_weight:g}"
+        )
+
+
+class UniFaceLoss(_OneAgainstAll):
+    """UniFace's unified cross-entropy: Zhou et al., ICCV 2023.
+
+    For each class a logistic loss of scale (cos(theta) - margin) + b for the own class and scale cos(theta_j) + b for
+    another; b is learned and starts at -ln(10 C). (The paper's bias is -b.)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        scale: float = 64.0,
+        margin: float = 0.4,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        super().__init__(in_features, num_classes, scale=scale, margin=margin, **common)
+
+    def _first_bias(self) -> float:
+        return -math.log(10 * self.num_classes)
+
+    def _form(self) -> dict[str, Any]:
+        return {"kind": "m"}
+
+    def describe_margin(self) -> str:
+        return f"scale={self.scale:g}, margin={self.margin:g}"
