@@ -449,4 +449,85 @@ TEST_F(DeviceSweep, EmptyBatch) {
   EXPECT_EQ(gradients[1].abs().max().item<double>(), 0.0);
 }
 
+// Heads that change the other classes, one after the other: sums, the hardest classes and gradients as the CPU has
+// them.
+TEST_F(DeviceSweep, HeadsAgreeWithTheCpu) {
+  const auto wide = at::TensorOptions(at::kDouble);
+  const auto coefficients = [&](double a, double b, double d) { return at::tensor({a, b, d}, wide); };
+  struct Head {
+    std::string name;
+    std::function<void(LinearProblem&)> set;
+  };
+  const std::vector<Head> heads{
+      {"plain", [](LinearProblem&) {}},
+      {"hard", [&](LinearProblem& p) { p.hard_coefficients = coefficients(1.0, 0.3, 0.0); }},
+      {"masked",
+       [&](LinearProblem& p) {
+         p.hard_threshold = at::full({}, 0.2, wide);
+         p.hard_coefficients = coefficients(0.0, 0.0, -std::numeric_limits<double>::infinity());
+       }},
+      {"biased",
+       [&](LinearProblem& p) {
+         p.hard_coefficients = coefficients(0.0, 1.2, 0.2);
+         p.bias = torch::randn({61}, wide);
+       }},
+      {"hardest", [](LinearProblem& p) { p.hardest = 4; }},
+      {"all of them", [](LinearProblem& p) { p.hardest = 70; }},
+      {"one against all",
+       [](LinearProblem& p) {
+         p.binary = {BinaryKind::cosine, 0.2, 3.0};
+       }},
+      {"of angles", [](LinearProblem& p) {
+         p.binary = {BinaryKind::angle, 0.2, 2.5};
+       }}};
+  for (const Head& head : heads) {
+    for (const int64_t centers : {1, 3}) {
+      for (const int64_t kept : {0, 61}) {
+        SCOPED_TRACE(head.name + " with " + std::to_string(centers) + " centers, kept " + std::to_string(kept));
+        Case c;
+        c.dtype = at::kDouble;
+        LinearProblem p = make_problem(c);
+        p.weight = torch::randn({61 * centers, 13}, wide);
+        p.sub_centers = centers;
+        head.set(p);
+        const bool smoothed = head.name != "masked" && !p.one_against_all();
+        const auto on = [&](const Device& device) {
+          Results r;
+          r.forward = sweep_forward(p, {std::nullopt, smoothed || p.one_against_all(), kept}, device);
+          torch::manual_seed(5);
+          BackwardRequest request;
+          request.grad_other_lse = torch::randn({9}, wide);
+          request.grad_target_logit = torch::randn({9}, wide);
+          if (smoothed) {
+            request.grad_logit_sum = torch::randn({9}, wide) / 61;
+          }
+          if (p.hardest > 0) {
+            request.grad_hardest_logit = torch::randn({9, p.hardest}, wide);
+          }
+          request.other_lse = r.forward.other_lse;
+          request.hardest_class = r.forward.hardest_class;
+          request.record = r.forward.record;
+          request.wanted = {true, true, p.bias.has_value(), false, false};
+          r.gradients = sweep_backward(p, request, device);
+          return r;
+        };
+        const Results got = on(kDevice);
+        const Results expected = on(cpu::device());
+        // Some hundred float64 roundings of logits of 16, and of sums of 61 of them.
+        const auto near = [](const at::Tensor& one, const at::Tensor& other) {
+          return at::allclose(one, other, /*rtol=*/1e-10, /*atol=*/1e-10, /*equal_nan=*/true);
+        };
+        EXPECT_TRUE(near(got.forward.other_lse, expected.forward.other_lse));
+        EXPECT_TRUE(near(got.forward.logit_sum, expected.forward.logit_sum));
+        EXPECT_TRUE(near(got.forward.hardest_logit, expected.forward.hardest_logit));
+        EXPECT_TRUE(near(got.forward.max_other_logit, expected.forward.max_other_logit));
+        EXPECT_TRUE(at::equal(got.forward.hardest_class, expected.forward.hardest_class));
+        for (size_t i = 0; i < 3; ++i) {
+          EXPECT_TRUE(near(got.gradients[i], expected.gradients[i])) << "gradient " << i;
+        }
+      }
+    }
+  }
+}
+
 } // namespace
