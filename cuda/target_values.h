@@ -21,11 +21,6 @@ struct OnCuda {
       at::_assert_async(good.all(), "torchmargin: expected target values in [0, C) or ignore_index");
     }
   }
-
-  // `good` [] bool, or a device-side assertion.
-  static void require(const at::Tensor& good, const char* message) {
-    at::_assert_async(good, message);
-  }
 };
 
 } // namespace torchmargin::cuda

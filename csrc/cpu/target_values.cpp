@@ -15,8 +15,4 @@ void OnCpu::check_target_values(std::string_view op, const at::Tensor& target, i
   }
 }
 
-void OnCpu::require(const at::Tensor& good, const char* message) {
-  TORCH_CHECK(good.item<bool>(), message);
-}
-
 } // namespace torchmargin::cpu

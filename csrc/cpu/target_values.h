@@ -13,8 +13,6 @@ struct OnCpu {
   };
   // Only ignore_index may lie outside [0, classes); IndexError otherwise.
   static void check_target_values(std::string_view op, const at::Tensor& target, int64_t classes, int64_t ignore_index);
-  // `good` [] bool, or an error.
-  static void require(const at::Tensor& good, const char* message);
 };
 
 } // namespace torchmargin::cpu

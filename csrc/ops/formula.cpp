@@ -263,9 +263,7 @@ ForwardResult linear_formula(const LinearProblem& p, const at::Tensor& hardest_c
     const at::Tensor there = result.hardest_class.ge(0);
     const at::Tensor column = at::where(there, result.hardest_class, at::zeros({}, p.target.options()));
     result.hardest_logit = at::where(there, logits.gather(1, column), nothing).to(at::kDouble);
-    const at::Tensor classes = at::arange(at::Scalar(p.classes()), p.target.options());
-    const at::Tensor taken = result.hardest_class.unsqueeze(2).eq(classes).any(1);
-    summed = at::where(taken, nothing, logits);
+    summed = at::where(among(result.hardest_class, p.classes()), nothing, logits);
   } else {
     result.hardest_logit = logits.slice(1, 0, 0).to(at::kDouble);
     result.hardest_class = p.target.new_empty_symint({p.input.sym_size(0), c10::SymInt(0)});

@@ -78,7 +78,9 @@ at::Tensor changed_cosines(
   const auto coefficient = [&](int64_t k) {
     return p.hard_coefficients->to(cosines.scalar_type()).slice(-1, k, k + 1); // [1] or [B, 1]
   };
-  return at::where(hard, (coefficient(0) * cosines + coefficient(1)) * cosines + coefficient(2), cosines);
+  // NB: a row of NaN without an upstream gradient would have 0 * NaN of the side that is not taken.
+  const at::Tensor c = at::where(hard, cosines, number_like(cosines, 0.0));
+  return at::where(hard, (coefficient(0) * c + coefficient(1)) * c + coefficient(2), cosines);
 }
 
 at::Tensor rank_hardest(const at::Tensor& logits, const at::Tensor& own, int64_t hardest) {
@@ -91,6 +93,12 @@ at::Tensor rank_hardest(const at::Tensor& logits, const at::Tensor& own, int64_t
   return at::constant_pad_nd_symint(chosen, {c10::SymInt(0), missing}, -1);
 }
 
+at::Tensor among(const at::Tensor& chosen, const c10::SymInt& classes) {
+  const at::Tensor nobody = at::scalar_tensor(at::Scalar(classes), chosen.options()); // a column of their own
+  const at::Tensor none = at::zeros_symint({chosen.sym_size(0), classes + 1}, chosen.options().dtype(at::kBool));
+  return none.scatter(1, at::where(chosen.lt(0), nobody, chosen), true).slice_symint(1, 0, classes);
+}
+
 at::Tensor own_class(const at::Tensor& target, const c10::SymInt& classes) {
   return at::arange(at::Scalar(classes), target.options()).unsqueeze(0).eq(target.unsqueeze(1));
 }
@@ -101,8 +109,9 @@ at::Tensor with_hardest_margin(const at::Tensor& logits, double scale, double ma
   const at::Tensor past = values < std::cos(margin); // theta > margin
   const at::Tensor inside = past.logical_and(values > -1.0); // there the sine has a slope
   const at::Tensor one = number_like(values, 1.0);
-  const at::Tensor sine = at::where(inside, (1.0 - cosine) * (1.0 + cosine), one).sqrt();
-  const at::Tensor nearer = cosine * std::cos(margin) + sine * std::sin(margin);
+  // NB: as in changed_cosines(); and 0 * infinity, where there is no class.
+  const at::Tensor c = at::where(inside, cosine, one - one);
+  const at::Tensor nearer = c * std::cos(margin) + ((1.0 - c) * (1.0 + c)).sqrt() * std::sin(margin);
   const at::Tensor end = at::where(past, number_like(values, -std::cos(margin)), one);
   const at::Tensor stays = values.isnan().logical_or(values.eq(-kInfinity));
   return at::where(stays, logits, at::where(inside, nearer, end) * scale);
@@ -124,7 +133,6 @@ OtherSums with_hardest(const OtherSums& sums, const at::Tensor& hardest_logit, d
 
 // NB: [B, C K] cosines for a moment, beside the result.
 at::Tensor head_logits(const LinearProblem& p, double hardest_margin) {
-  const bool with_threshold = !p.hard_coefficients.has_value() || p.hard_threshold.has_value();
   const auto [present, place] = target_place(p.target, p.classes());
   // Each center as a class of its own, the target's being the nearest.
   LinearProblem centers = p;
@@ -136,7 +144,7 @@ at::Tensor head_logits(const LinearProblem& p, double hardest_margin) {
   centers.margins.parameters.scale = 1.0;
   at::Tensor angle;
   at::Tensor nearest;
-  if (!with_threshold || p.sub_centers > 1) {
+  if (p.hard_coefficients.has_value() || p.sub_centers > 1) { // the coefficients' values are checked there as well
     const at::NoGradGuard no_grad;
     at::Tensor state;
     std::tie(angle, state) = call_target_rows(p);
@@ -156,10 +164,7 @@ at::Tensor head_logits(const LinearProblem& p, double hardest_margin) {
   const double scale = p.margins.parameters.scale;
   at::Tensor logits = cosines * scale;
   if (p.hardest > 0 && hardest_margin > 0) {
-    const at::Tensor hardest = rank_hardest(logits, own, p.hardest);
-    const at::Tensor chosen = own_class(hardest.flatten(), p.classes())
-                                  .view_symint({p.input.sym_size(0), c10::SymInt(p.hardest), p.classes()})
-                                  .any(1);
+    const at::Tensor chosen = among(rank_hardest(logits, own, p.hardest), p.classes());
     logits = at::where(chosen, with_hardest_margin(logits, scale, hardest_margin), logits);
   }
   return p.bias.has_value() ? logits + p.bias->to(p.acc()) : logits;

@@ -29,6 +29,9 @@ at::Tensor changed_cosines(
 // none: neither NaN nor -infinity is one.
 at::Tensor rank_hardest(const at::Tensor& logits, const at::Tensor& own, int64_t hardest);
 
+// [B, C] bool: which classes are among each row's `chosen` [B, k], of which -1 is none.
+at::Tensor among(const at::Tensor& chosen, const c10::SymInt& classes);
+
 // [B, C] bool: each row's own class, where it is one of them.
 at::Tensor own_class(const at::Tensor& target, const c10::SymInt& classes);
 

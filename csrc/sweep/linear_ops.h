@@ -45,6 +45,7 @@ struct LinearOps {
   static TargetTuple targets(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
     const LinearProblem problem = make_linear_problem("_linear_target_rows", TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
     const Guard guard(input.device());
+    check_coefficients(problem, /*all_finite=*/false);
     return sweep_targets(problem, device());
   }
 
@@ -65,7 +66,8 @@ struct LinearOps {
     return to_tuple(sweep_logits_backward(problem, request, device()));
   }
 
-  // NB: d = -infinity takes classes out of the sum of exponentials, and would make that of the logits infinite.
+  // An error at once on the CPU, a device-side assertion on CUDA. NB: d = -infinity takes classes out of the sum of
+  // exponentials, and would make that of the logits infinite.
   static void check_coefficients(const LinearProblem& problem, bool all_finite) {
     if (!problem.hard_coefficients.has_value()) {
       return;
@@ -76,7 +78,7 @@ struct LinearOps {
       const at::Tensor last = at::arange(3, coefficients.options().dtype(at::kLong)).eq(2);
       good = good.logical_or(last.logical_and(coefficients.eq(-std::numeric_limits<double>::infinity())));
     }
-    On::require(
+    at::_assert_async(
         good.all(),
         all_finite ? "torchmargin: expected finite hard_coefficients with label_smoothing"
                    : "torchmargin: expected finite hard_coefficients, but for d = -infinity");

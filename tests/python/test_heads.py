@@ -126,18 +126,18 @@ def test_lse_of_shards_is_that_of_the_whole(head, centers):
     x, w, y = _problem(9, 5, 23, centers, **HEADS[head])
     options = {"scale": 16.0, **MARGIN, "sub_centers": centers, **HEADS[head]}
     whole = F.linear_margin_lse(x, w, y, **options)
-    bounds = [1e-12 if head != "masked" else 1e-12] * 5  # 16 (5 + 23) rounded sums of at most 23 logits of 16
+    bound = 1e-12  # 16 (5 + 23) rounded sums of at most 23 logits of 16
     parts = [
         F.linear_margin_lse(x, w[first * centers : last * centers], y - first, **options)
         for first, last in ((0, 9), (9, 10), (10, 23))
     ]
     merged = [torch.stack(results) for results in zip(*parts)]
-    assert_within(merged[0].logsumexp(0), whole[0], bounds[0])
-    assert_within(merged[1].sum(0), whole[1], bounds[1])
+    assert_within(merged[0].logsumexp(0), whole[0], bound)
+    assert_within(merged[1].sum(0), whole[1], bound)
     if head != "masked":
         assert_within(merged[2].sum(0), whole[2], 1e-12 * 23)
     assert torch.equal(merged[3].sum(0), whole[3])
-    assert_within(merged[4].amax(0), whole[4], bounds[4])
+    assert_within(merged[4].amax(0), whole[4], bound)
     for got, true in zip(whole, R.linear_margin_lse(x, w, y, **options)):
         assert_within(got, true, 1e-12 * 23)
 
@@ -272,6 +272,23 @@ def test_rows_that_do_not_count(head, centers):
     assert torch.equal(got[0], clean[0])
     # NB: to a row of NaN another center is the nearest, and a center without rows is finished in another order.
     assert_within(got[1], clean[1], 0.0 if centers == 1 else 1e-14)
+
+
+@pytest.mark.parametrize("head", ["curricular", "filter", "hardest-margin"])
+@pytest.mark.parametrize("centers", [1, 3])
+def test_logits_of_rows_that_do_not_count(head, centers):
+    """As of the loss: a row of NaN whose logits nobody wants a gradient of reaches no weight."""
+    x, w, y = _problem(9, 5, 23, centers, **HEADS[head])
+    upstream = torch.randn(9, 23, dtype=torch.float64).index_fill(0, torch.tensor([5]), 0.0)
+    found = []
+    for spoiled in (False, True):
+        with torch.no_grad():
+            x[5] = torch.nan if spoiled else x[5]
+        logits = F.margin_logits(x, w, y, scale=16.0, **MARGIN, sub_centers=centers, **HEADS[head])
+        found.append(gradients(logits, x, w, upstream=upstream))
+    for got, true in zip(found[1], found[0]):
+        # NB: to a row of NaN another center is the nearest, and a center without rows is finished in another order.
+        assert_within(got, true, 0.0 if centers == 1 else 1e-14)
 
 
 @pytest.mark.parametrize("centers", [1, 2])
@@ -572,6 +589,8 @@ def test_refusals_of_values():
     ):
         with pytest.raises(RuntimeError, match="finite hard_coefficients, but for d = -infinity"):
             F.linear_margin_cross_entropy(x, w, y, hard_coefficients=bad)
+        with pytest.raises(RuntimeError, match="finite hard_coefficients, but for d = -infinity"):
+            F.margin_logits(x, w, hard_coefficients=bad, hard_threshold=torch.zeros((), dtype=torch.float64))
     with pytest.raises(RuntimeError, match="finite hard_coefficients with label_smoothing"):
         F.linear_margin_cross_entropy(
             x, w, y, label_smoothing=0.1, hard_coefficients=_coefficients(0.0, 0.0, -math.inf)
