@@ -282,11 +282,7 @@ void softmax_row(const T* products, T* out, int64_t size, LogitMap<T> map, doubl
     const Vector<T> exponent = (z - high) - low;
     const Vector<T> q = exp(exponent) * (times_class_factors ? class_factor : Vector<T>{} + T(1));
     const Vector<T> flushed = exponent < T(kFlush) ? Vector<T>{} : q; // NaN stays
-    if (lanes == kLanes<T>) {
-      store(out + j, flushed);
-    } else {
-      store_some(out + j, flushed, lanes);
-    }
+    store_lanes(out + j, flushed, lanes);
   });
 }
 
@@ -307,8 +303,7 @@ for_each_changed(const T* products, int64_t size, const LogitMap<T>& map, const 
   const Vector<T> one = Vector<T>{} + T(1);
   for (int64_t j = 0; j < size; j += kLanes<T>) {
     const int lanes = size - j < kLanes<T> ? static_cast<int>(size - j) : kLanes<T>;
-    const bool whole = lanes == kLanes<T>;
-    const auto read = [&](const T* from, T fill) { return whole ? load(from + j) : load_some(from + j, lanes, fill); };
+    const auto read = [&](const T* from, T fill) { return load_lanes(from + j, lanes, fill); };
     Changed<T> changed{};
     changed.class_factor = map.class_factors != nullptr ? read(map.class_factors, T(1)) : one;
     changed.bias = map.bias != nullptr ? read(map.bias, T(0)) : Vector<T>{};
@@ -379,13 +374,8 @@ BlockSum sum_hard_block(
 
 template <typename T>
 void logits_row(const T* products, T* out, int64_t size, LogitMap<T> map) {
-  for_each_vector(products, size, map, [&](Vector<T> z, Vector<T>, int64_t j, int lanes) {
-    if (lanes == kLanes<T>) {
-      store(out + j, z);
-    } else {
-      store_some(out + j, z, lanes);
-    }
-  });
+  for_each_vector(
+      products, size, map, [&](Vector<T> z, Vector<T>, int64_t j, int lanes) { store_lanes(out + j, z, lanes); });
 }
 
 template <typename T>
@@ -412,11 +402,7 @@ void weigh_row(
     if (weights.times_class_factors) {
       weight *= changed.class_factor;
     }
-    if (lanes == kLanes<T>) {
-      store(out + j, weight);
-    } else {
-      store_some(out + j, weight, lanes);
-    }
+    store_lanes(out + j, weight, lanes);
   });
 }
 
@@ -459,7 +445,8 @@ inline Vector<T> power_of(Vector<T> x, double power) {
   return x;
 }
 
-// A vector of the other classes' curves, as negative_curve() has them.
+// A vector of the other classes' curves N(c). At c = +-1 the angle's slope is infinite, and its direction nothing:
+// there it is left out.
 template <typename T>
 struct BinaryCurve {
   Vector<T> cosine;
@@ -480,8 +467,7 @@ inline void for_each_binary(
   const Vector<T> one = Vector<T>{} + T(1);
   for (int64_t j = 0; j < size; j += kLanes<T>) {
     const int lanes = size - j < kLanes<T> ? static_cast<int>(size - j) : kLanes<T>;
-    const bool whole = lanes == kLanes<T>;
-    const auto read = [&](const T* from, T fill) { return whole ? load(from + j) : load_some(from + j, lanes, fill); };
+    const auto read = [&](const T* from, T fill) { return load_lanes(from + j, lanes, fill); };
     BinaryCurve<T> curve{};
     curve.class_factor = map.class_factors != nullptr ? read(map.class_factors, T(1)) : one;
     curve.cosine = scaled_product(read(products, T(0)), curve.class_factor, binary.row_factor);
@@ -556,11 +542,7 @@ void weigh_binary_row(
         if (times_class_factors) {
           weight *= curve.class_factor;
         }
-        if (lanes == kLanes<T>) {
-          store(out + j, weight);
-        } else {
-          store_some(out + j, weight, lanes);
-        }
+        store_lanes(out + j, weight, lanes);
       });
 }
 
@@ -575,13 +557,12 @@ void fold_row(
     uint8_t* winner) {
   for (int64_t j = 0; j < size; j += kLanes<T>) {
     const int64_t lanes = size - j < kLanes<T> ? size - j : kLanes<T>;
-    const bool whole = lanes == kLanes<T>;
     const auto cosine = [&](int64_t k) {
       const T* const from = products + k * plane_stride + j;
-      Vector<T> value = whole ? load(from) : load_some(from, lanes, T(0));
+      Vector<T> value = load_lanes(from, lanes, T(0));
       if (factors != nullptr) {
         const T* const own = factors + k * size + j;
-        value *= whole ? load(own) : load_some(own, lanes, T(1));
+        value *= load_lanes(own, lanes, T(1));
       }
       return value;
     };
@@ -593,11 +574,7 @@ void fold_row(
       best = better ? value : best;
       place = better ? Integers<T>{} + static_cast<typename SimdTypes<T>::Integer>(k) : place;
     }
-    if (whole) {
-      store(out + j, best);
-    } else {
-      store_some(out + j, best, lanes);
-    }
+    store_lanes(out + j, best, lanes);
     for (int64_t lane = 0; winner != nullptr && lane < lanes; ++lane) {
       winner[j + lane] = static_cast<uint8_t>(place[lane]);
     }
@@ -614,8 +591,7 @@ void spread_row(
     const uint8_t* winner) {
   for (int64_t j = 0; j < size; j += kLanes<T>) {
     const int64_t lanes = size - j < kLanes<T> ? size - j : kLanes<T>;
-    const bool whole = lanes == kLanes<T>;
-    const Vector<T> weight = whole ? load(weights + j) : load_some(weights + j, lanes, T(0));
+    const Vector<T> weight = load_lanes(weights + j, lanes, T(0));
     Integers<T> place = Integers<T>{};
     for (int64_t lane = 0; lane < lanes; ++lane) {
       place[lane] = winner[j + lane];
@@ -624,15 +600,11 @@ void spread_row(
       Vector<T> value = weight;
       if (factors != nullptr) {
         const T* const own = factors + k * size + j;
-        value *= whole ? load(own) : load_some(own, lanes, T(1));
+        value *= load_lanes(own, lanes, T(1));
       }
       value = place == static_cast<typename SimdTypes<T>::Integer>(k) ? value : Vector<T>{};
       T* const to = weights + k * plane_stride + j;
-      if (whole) {
-        store(to, value);
-      } else {
-        store_some(to, value, lanes);
-      }
+      store_lanes(to, value, lanes);
     }
   }
 }

@@ -69,6 +69,21 @@ inline void store_some(T* to, Vector<T> v, int64_t count) {
   }
 }
 
+// Of a row's last vector only the first `lanes` are there; of the others all.
+template <typename T>
+inline Vector<T> load_lanes(const T* from, int64_t lanes, T fill) {
+  return lanes == kLanes<T> ? load(from) : load_some(from, lanes, fill);
+}
+
+template <typename T>
+inline void store_lanes(T* to, Vector<T> v, int64_t lanes) {
+  if (lanes == kLanes<T>) {
+    store(to, v);
+  } else {
+    store_some(to, v, lanes);
+  }
+}
+
 template <typename T>
 inline T sum_lanes(Vector<T> v) {
   T sum = 0;

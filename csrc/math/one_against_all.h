@@ -1,6 +1,6 @@
 // One against all: every class has a logistic loss of its own, of a curve through its cosine (SphereFace2: Wen et al.,
-// ICLR 2022, arXiv:2108.01513; UniFace's UCE: Zhou et al., ICCV 2023). Plain numbers, float64; the vectors of the CPU's
-// hot loops have their own form of it (cpu/row_kernels.cpp). Read by host and device compilers.
+// ICLR 2022, arXiv:2108.01513; UniFace's UCE: Zhou et al., ICCV 2023). The own class's is here, in float64; that of the
+// others is in the hot loops (cpu/row_kernels.cpp, cuda/kernels/head.cuh). Read by host and device compilers.
 #pragma once
 
 #include <cmath>
@@ -40,29 +40,6 @@ TORCHMARGIN_HOST_DEVICE inline Curve curve_of(double power, double c) {
   }
   const double half = 0.5 * (c + 1.0);
   return {2.0 * power_of(half, power) - 1.0, power * power_of(half, power - 1.0)};
-}
-
-// N(c) of another class. At c = +-1 the angle's slope is infinite, and its direction nothing: there it is left out.
-TORCHMARGIN_HOST_DEVICE inline Curve negative_curve(const BinaryForm& form, double c) {
-  if (form.kind != BinaryKind::angle) {
-    const Curve curve = curve_of(form.power, c);
-    return {form.kind == BinaryKind::cosine ? curve.value + form.margin : curve.value, curve.slope};
-  }
-  const double square = (1.0 - c) * (1.0 + c);
-  const double sine = square > 0.0 ? std::sqrt(square) : 0.0 * square; // NaN stays
-  const double cosine_of_margin = std::cos(form.margin);
-  const double sine_of_margin = std::sin(form.margin);
-  const Curve curve = curve_of(form.power, c * cosine_of_margin + sine * sine_of_margin);
-  const double inner = square > 0.0 ? cosine_of_margin - c / sine * sine_of_margin : cosine_of_margin;
-  return {curve.value, curve.slope * inner};
-}
-
-// log(1 + e^z) and its slope 1 / (1 + e^-z), exact to the last digits for any z.
-TORCHMARGIN_HOST_DEVICE inline Curve softplus(double z) {
-  const double small = std::exp(-std::fabs(z));
-  const double part = 1.0 / (1.0 + small);
-  const double value = z > 0.0 ? z + std::log1p(small) : std::log1p(small);
-  return {value, z >= 0.0 ? part : small * part};
 }
 
 } // namespace torchmargin

@@ -102,25 +102,13 @@ Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& gi
   sweep.run(kept, norms, [&](const WeightsWanted& wanted) {
     const auto& [lane, rows, classes, weight, weights, times_class_factors, of_bias] = wanted;
     const bool made = classes.begin < kept; // and only read
-    Tile tile;
+    Tile tile = loop.tile(
+        rows, classes, record, factors, made, made ? at::Tensor() : products_buffers[lane],
+        made ? at::Tensor() : winner_buffers[lane]);
     tile.class_operand = weight;
-    if (made) {
-      tile.products = columns_of(rows_of(record.kept, rows), classes);
-    } else {
+    if (!made) {
       tile.row_operand = input->tile(rows);
-      tile.products = loop.tile_in(products_buffers[lane], rows, classes);
     }
-    if (loop.centers() > 1) {
-      tile.planes = {.centers = loop.centers(), .factors = loop.center_factors(classes, record.inverse_norms)};
-      if (made) {
-        tile.planes.winner = columns_of(rows_of(record.winners, rows), classes);
-      } else {
-        tile.planes.products = loop.planes_in(products_buffers[lane], rows, classes);
-        tile.planes.winner = loop.tile_in(winner_buffers[lane], rows, classes);
-        tile.products = tile.planes.products.select(1, 0);
-      }
-    }
-    tile.logits = loop.describe(tile.products, rows, classes, record.inverse_norms, factors);
     Weighing weighing{
         .other_lse = request.other_lse.data_ptr<double>() + rows.begin,
         .upstream = upstream.others.data_ptr<double>() + rows.begin,

@@ -195,6 +195,37 @@ at::Tensor ClassLoop::tile_in(const at::Tensor& buffer, Range rows, Range classe
   return buffer.as_strided({rows.count, classes.count}, {sizes().padded(classes.count), 1});
 }
 
+Tile ClassLoop::tile(
+    Range rows,
+    Range classes,
+    const ForwardRecord& record,
+    const at::Tensor& row_factors,
+    bool kept,
+    const at::Tensor& products_buffer,
+    const at::Tensor& winner_buffer) const {
+  Tile tile;
+  if (kept) {
+    tile.products = columns_of(rows_of(record.kept, rows), classes);
+  }
+  if (centers() > 1) {
+    tile.planes.centers = centers();
+    tile.planes.factors = center_factors(classes, record.inverse_norms);
+    if (products_buffer.defined()) {
+      tile.planes.products = planes_in(products_buffer, rows, classes);
+    }
+    if (kept) {
+      tile.planes.winner = columns_of(rows_of(record.winners, rows), classes);
+    } else {
+      tile.products = tile.planes.products.select(1, 0);
+      tile.planes.winner = winner_buffer.defined() ? tile_in(winner_buffer, rows, classes) : at::Tensor();
+    }
+  } else if (!kept) {
+    tile.products = tile_in(products_buffer, rows, classes);
+  }
+  tile.logits = describe(tile.products, rows, classes, record.inverse_norms, row_factors);
+  return tile;
+}
+
 TargetContext ClassLoop::context() const {
   return {
       .input = raw_matrix(problem_.input),

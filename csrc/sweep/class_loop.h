@@ -147,6 +147,17 @@ class ClassLoop {
   // Room for the winners of a tile.
   at::Tensor winner_buffer() const;
 
+  // A tile without its operands. Its products (with sub-centers the largest cosines, and their winners) are among what
+  // is kept, or go to a lane's buffers; an undefined buffer is not needed.
+  Tile tile(
+      Range rows,
+      Range classes,
+      const ForwardRecord& record,
+      const at::Tensor& row_factors,
+      bool kept,
+      const at::Tensor& products_buffer,
+      const at::Tensor& winner_buffer) const;
+
   // What the kernels are told. `row_factors`: [B] acc, or undefined.
   TargetContext context() const;
   ProductsTile describe(

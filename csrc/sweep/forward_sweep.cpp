@@ -77,32 +77,6 @@ class LaneSums {
   at::Tensor top_logit_, top_class_;
 };
 
-// Where a tile's products go: to what is kept, or to the lane's memory.
-Tile tile_of(
-    const ClassLoop& loop,
-    const ForwardRecord& record,
-    const at::Tensor& buffer,
-    Range rows,
-    Range classes,
-    bool keep) {
-  Tile tile;
-  if (loop.centers() == 1) {
-    tile.products = keep ? columns_of(rows_of(record.kept, rows), classes) : loop.tile_in(buffer, rows, classes);
-    return tile;
-  }
-  tile.planes = {
-      .centers = loop.centers(),
-      .products = loop.planes_in(buffer, rows, classes),
-      .factors = loop.center_factors(classes, record.inverse_norms)};
-  if (keep) {
-    tile.products = columns_of(rows_of(record.kept, rows), classes);
-    tile.planes.winner = columns_of(rows_of(record.winners, rows), classes);
-  } else {
-    tile.products = tile.planes.products.select(1, 0);
-  }
-  return tile;
-}
-
 // One against all: the lanes' sums, in order.
 void finish_binary(const ClassLoop& loop, const at::Tensor& sums, ForwardResult& result) {
   result.other_lse = sums.select(0, 0).sum(0);
@@ -191,10 +165,10 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
     const at::Tensor weight = loop.load_weight(
         classes, lanes[lane].weight_buffer, record.inverse_norms, pointer<double>(weight_sums.select(0, lane)));
     loop.for_each_tile([&](Range rows) {
-      Tile tile = tile_of(loop, record, lanes[lane].products, rows, classes, /*keep=*/classes.begin < kept);
+      Tile tile = loop.tile(
+          rows, classes, record, factors, classes.begin < kept, lanes[lane].products, /*winner_buffer=*/at::Tensor());
       tile.row_operand = input.tile(rows);
       tile.class_operand = weight;
-      tile.logits = loop.describe(tile.products, rows, classes, record.inverse_norms, factors);
       const int64_t first = lane * sizes.rows + rows.begin;
       loop.steps().score(
           loop.kernels(), tile,

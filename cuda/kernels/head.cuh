@@ -109,7 +109,7 @@ __device__ inline Entry block_first(Entry entry, double* scratch) {
   return first;
 }
 
-// z and dN/dc of another class, one against all: negative_curve() in T, without a power function where it is whole.
+// z and dN/dc of another class, one against all: as the CPU's row kernels have them.
 template <typename T>
 struct BinaryMap {
   T row_factor;

@@ -1,14 +1,9 @@
 // The softmax weights Q of the other classes of a tile, in the products' dtype: a thread some columns of several rows.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include "kernels/launch.h"
 #include "kernels/tile.cuh"
 
 namespace torchmargin::device {
 namespace {
-
-constexpr int64_t kBlocksAlongRows = 512;
 
 template <typename T, typename Out>
 __global__ void softmax_chunk_kernel(SoftmaxChunkArgs args) {
@@ -38,22 +33,6 @@ __global__ void softmax_chunk_kernel(SoftmaxChunkArgs args) {
   }
 }
 
-// Calls body(T(), Out()) for the dtypes of products and operands.
-template <typename Body>
-void with_types(c10::ScalarType acc, c10::ScalarType out, Body body) {
-  if (acc == c10::ScalarType::Double) {
-    return body(double(), double());
-  }
-  switch (out) {
-    case c10::ScalarType::Half:
-      return body(float(), c10::Half());
-    case c10::ScalarType::BFloat16:
-      return body(float(), c10::BFloat16());
-    default:
-      return body(float(), float());
-  }
-}
-
 } // namespace
 
 void launch_softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc, cudaStream_t stream) {
@@ -67,10 +46,7 @@ void launch_softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc, cud
   with_types(acc, args.out_dtype, [&](auto zero, auto out) {
     using T = decltype(zero);
     using Out = decltype(out);
-    constexpr int64_t per_block = static_cast<int64_t>(kThreads) * elements_per_thread<T, Out>();
-    const dim3 grid(
-        static_cast<unsigned>((tile.class_count + per_block - 1) / per_block),
-        static_cast<unsigned>(tile.row_count < kBlocksAlongRows ? tile.row_count : kBlocksAlongRows));
+    const dim3 grid = tile_grid(tile.row_count, tile.class_count, elements_per_thread<T, Out>());
     const auto kernel = softmax_chunk_kernel<T, Out>;
     TORCHMARGIN_LAUNCH(kernel, grid, kThreads, stream, args);
   });

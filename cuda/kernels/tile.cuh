@@ -1,6 +1,9 @@
 // One row of a tile of raw products as logits, some columns at a time.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
 #include "kernels/device.cuh"
 #include "math/logit.h"
 #include "sweep/kernels.h"
@@ -73,6 +76,31 @@ template <typename T>
 __device__ T softmax_weight(T logit, const SplitLse<T>& other_lse) {
   const T gap = (logit - other_lse.high) - other_lse.low;
   return gap < T(kFlush) ? T(0) : exp(gap);
+}
+
+// For kernels where a thread has some columns of several rows: every so many rows a block of its own.
+inline dim3 tile_grid(int64_t rows, int64_t classes, int64_t per_thread) {
+  constexpr int64_t kBlocksAlongRows = 512;
+  const int64_t per_block = kThreads * per_thread;
+  return dim3(
+      static_cast<unsigned>((classes + per_block - 1) / per_block),
+      static_cast<unsigned>(rows < kBlocksAlongRows ? rows : kBlocksAlongRows));
+}
+
+// Calls body(T(), Out()) for the dtypes of products and operands.
+template <typename Body>
+void with_types(c10::ScalarType acc, c10::ScalarType out, Body body) {
+  if (acc == c10::ScalarType::Double) {
+    return body(double(), double());
+  }
+  switch (out) {
+    case c10::ScalarType::Half:
+      return body(float(), c10::Half());
+    case c10::ScalarType::BFloat16:
+      return body(float(), c10::BFloat16());
+    default:
+      return body(float(), float());
+  }
 }
 
 } // namespace torchmargin::device

@@ -1,16 +1,11 @@
 // What the classes of a tile weigh where that is not Q alone, where they have several centers, or where they are one
 // against all: a thread some columns of several rows. Q alone is in softmax_chunk.cu.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include "kernels/head.cuh"
 #include "kernels/launch.h"
 #include "sweep/dispatch.h"
 
 namespace torchmargin::device {
 namespace {
-
-constexpr int64_t kBlocksAlongRows = 512;
 
 template <typename T, typename Out>
 __global__ void weigh_head_kernel(SoftmaxChunkArgs args) {
@@ -160,29 +155,6 @@ __global__ void write_hardest_kernel(WriteHardestArgs args) {
       static_cast<Out>(static_cast<T>(args.values[at] * args.out_scale) * factor);
 }
 
-// Calls body(T(), Out()) for the dtypes of products and operands.
-template <typename Body>
-void with_types(c10::ScalarType acc, c10::ScalarType out, Body body) {
-  if (acc == c10::ScalarType::Double) {
-    return body(double(), double());
-  }
-  switch (out) {
-    case c10::ScalarType::Half:
-      return body(float(), c10::Half());
-    case c10::ScalarType::BFloat16:
-      return body(float(), c10::BFloat16());
-    default:
-      return body(float(), float());
-  }
-}
-
-dim3 grid_of(int64_t rows, int64_t classes, int64_t per_thread) {
-  const int64_t per_block = kThreads * per_thread;
-  return dim3(
-      static_cast<unsigned>((classes + per_block - 1) / per_block),
-      static_cast<unsigned>(rows < kBlocksAlongRows ? rows : kBlocksAlongRows));
-}
-
 } // namespace
 
 void launch_weigh_head(const SoftmaxChunkArgs& args, c10::ScalarType acc, cudaStream_t stream) {
@@ -193,7 +165,7 @@ void launch_weigh_head(const SoftmaxChunkArgs& args, c10::ScalarType acc, cudaSt
     using T = decltype(zero);
     using Out = decltype(out);
     const auto kernel = weigh_head_kernel<T, Out>;
-    const dim3 grid = grid_of(args.tile.row_count, args.tile.class_count, elements_per_thread<T, Out>());
+    const dim3 grid = tile_grid(args.tile.row_count, args.tile.class_count, elements_per_thread<T, Out>());
     TORCHMARGIN_LAUNCH(kernel, grid, kThreads, stream, args);
   });
 }
@@ -206,7 +178,7 @@ void launch_weigh_binary(const WeighBinaryArgs& args, c10::ScalarType acc, cudaS
     using T = decltype(zero);
     using Out = decltype(out);
     const auto kernel = weigh_binary_kernel<T, Out>;
-    const dim3 grid = grid_of(args.tile.row_count, args.tile.class_count, elements_per_thread<T, Out>());
+    const dim3 grid = tile_grid(args.tile.row_count, args.tile.class_count, elements_per_thread<T, Out>());
     TORCHMARGIN_LAUNCH(kernel, grid, kThreads, stream, args);
   });
 }
@@ -217,7 +189,7 @@ void launch_fold_centers(const FoldCentersArgs& args, c10::ScalarType acc, cudaS
   }
   with_acc(acc, [&](auto zero) {
     using T = decltype(zero);
-    const dim3 grid = grid_of(args.row_count, args.class_count, elements_per_thread<T>());
+    const dim3 grid = tile_grid(args.row_count, args.class_count, elements_per_thread<T>());
     TORCHMARGIN_LAUNCH(fold_centers_kernel<T>, grid, kThreads, stream, args);
   });
 }
@@ -230,7 +202,7 @@ void launch_spread_centers(const SpreadCentersArgs& args, c10::ScalarType acc, c
     using T = decltype(zero);
     using Out = decltype(out);
     const auto kernel = spread_centers_kernel<T, Out>;
-    const dim3 grid = grid_of(args.row_count, args.class_count, elements_per_thread<T, Out>());
+    const dim3 grid = tile_grid(args.row_count, args.class_count, elements_per_thread<T, Out>());
     TORCHMARGIN_LAUNCH(kernel, grid, kThreads, stream, args);
   });
 }
