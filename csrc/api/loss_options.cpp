@@ -314,6 +314,9 @@ std::vector<SavedNumber> numbers_of(InterTopKArcFaceLossOptions& o) {
 MarginLossOptions margin_options(const SphereFace2LossOptions& o) {
   refuse_filter("SphereFace2Loss", o);
   check_not_negative("margin", o.margin());
+  if (o.kind() == "a") {
+    check_radians("margin", o.margin());
+  }
   TORCH_CHECK(
       o.positive_weight() >= 0 && o.positive_weight() <= 1, "expected positive_weight in [0, 1], but got ",
       o.positive_weight());

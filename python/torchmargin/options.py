@@ -13,6 +13,7 @@ __all__ = [
     "Extension",
     "LinearHead",
     "LinearMargin",
+    "LinearRule",
     "MarginGradient",
     "MarginShape",
     "Reduction",
@@ -53,12 +54,17 @@ class LinearMargin(MarginShape, total=False):
     margin_weight: float
     normalize_input: bool
     normalize_weight: bool
+
+
+class LinearRule(LinearMargin, total=False):
+    """The same, and what happens to other classes where they do not go over ranks."""
+
     sub_centers: int
     hard_threshold: Tensor | None
     hard_coefficients: Tensor | None
 
 
-class LinearHead(LinearMargin, total=False):
+class LinearHead(LinearRule, total=False):
     """What makes losses and logits takes beyond them."""
 
     hardest: int

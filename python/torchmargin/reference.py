@@ -30,7 +30,7 @@ from torchmargin.options import (
     CosineMargin,
     Extension,
     LinearHead,
-    LinearMargin,
+    LinearRule,
     MarginGradient,
     MarginShape,
     Reduction,
@@ -244,7 +244,7 @@ def _hardest(logits: Tensor, own: Tensor, hardest: int) -> Tensor:
 
 
 def linear_margin_lse(
-    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, **margin: Unpack[LinearMargin]
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, **margin: Unpack[LinearRule]
 ) -> LinearMarginLse:
     """The core op. A target outside [0, C) is absent: target_logit and target_angle are 0."""
     head = _head(input, weight, target, bias, **margin)
@@ -264,7 +264,7 @@ def linear_margin_lse_hardest(
     bias: Tensor | None = None,
     *,
     hardest: int,
-    **margin: Unpack[LinearMargin],
+    **margin: Unpack[LinearRule],
 ) -> LinearMarginLseHardest:
     """The core op with the k largest other logits apart from other_lse."""
     head = _head(input, weight, target, bias, hardest=hardest, **margin)

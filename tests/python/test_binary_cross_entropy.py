@@ -129,3 +129,27 @@ def test_dominant_centers():
     assert torch.equal(loss.angle_to_centers(x, y, centers) < 0.1, at == 1)
     single = loss.with_centers(centers)
     assert single.sub_centers == 1 and torch.equal(single.weight, loss.weight[1::2])
+
+
+def test_sphereface2_refuses_what_it_cannot_mean():
+    with pytest.raises(ValueError, match="^SphereFace2Loss: expected no label_smoothing"):
+        torchmargin.SphereFace2Loss(8, 4, label_smoothing=0.1)
+    with pytest.raises(ValueError, match="^SphereFace2Loss: expected no interclass_filter"):
+        torchmargin.SphereFace2Loss(8, 4, interclass_filter=0.4)
+    with pytest.raises(ValueError, match="expected margin in radians, not degrees"):
+        torchmargin.SphereFace2Loss(8, 4, kind="a", margin=11.0)
+    loss = torchmargin.SphereFace2Loss(8, 4, sub_centers=2)
+    with pytest.raises(RuntimeError, match=r"expected target to have shape \[3\], but got \[2\]"):
+        loss(torch.randn(3, 8), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="expected power to be finite and at least 1, but got 0.5"):
+        loss.t = 0.5
+    assert loss.t == 3.0
+
+
+def test_unifaces_bias_starts_at_its_paper():
+    loss = torchmargin.UniFaceLoss(8, 40, dtype=torch.float64)
+    assert loss.bias.item() == -math.log(400)
+    with torch.no_grad():
+        loss.bias.zero_()
+    loss.reset_parameters()
+    assert loss.bias.item() == -math.log(400)

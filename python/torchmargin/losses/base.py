@@ -21,7 +21,7 @@ __all__ = ["CommonOptions", "MarginLoss", "MarginStatistics", "SharedOptions"]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def _stays_in_python(method: Method) -> Method:
+def stays_in_python(method: Method) -> Method:
     """torch.jit.ignore, which has no types: TorchScript calls the method and does not read it."""
     return cast(Method, torch.jit.ignore(method))
 
@@ -93,7 +93,7 @@ class MarginLoss(nn.Module):
     The constructor's parameters are attributes that may be set at any time: they are checked, count from the
     next call on, and the numbers that make the logits are part of the state_dict, as 0-dim float64 tensors. A
     state_dict without them leaves them as they are. Margins may change at every step under torch.compile; a new
-    ``scale`` or ``m1`` compiles again.
+    ``scale`` or ``m1`` compiles again, and so do a new ``hardest_margin`` and the numbers of what is one against all.
 
     Args:
         in_features: D, the size of an embedding.
@@ -254,7 +254,7 @@ class MarginLoss(nn.Module):
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
-    @_stays_in_python
+    @stays_in_python
     def forward(
         self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, MarginStatistics]:
@@ -289,7 +289,7 @@ class MarginLoss(nn.Module):
             loss = loss + self._reduced(penalty, labels)
         return (loss, MarginStatistics(*statistics)) if return_statistics else loss
 
-    @_stays_in_python
+    @stays_in_python
     def logits(self, embeddings: Tensor) -> Tensor:
         """The logits [B, C] without a margin, for inference: their argmax is the predicted class."""
         self._check_holds_weights()

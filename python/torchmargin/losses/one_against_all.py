@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from torchmargin.losses.base import CommonOptions, MarginLoss
-from torchmargin.losses.numbers import Number, check_not_negative, check_share
+from torchmargin.losses.base import CommonOptions, MarginLoss, stays_in_python
+from torchmargin.losses.numbers import Number, check_not_negative, check_radians, check_share
 from torchmargin.options import BinaryKind
 
 __all__ = ["SphereFace2Loss", "UniFaceLoss"]
@@ -22,16 +22,11 @@ class _OneAgainstAll(MarginLoss):
     margin = Number(check_not_negative)
     _unsaved = MarginLoss._unsaved | {"m1", "m2", "m3"}
 
-    def __init__(
-        self, in_features: int, num_classes: int, *, scale: float, margin: float, **common: Unpack[CommonOptions]
-    ) -> None:
-        name = type(self).__name__
-        if common.get("label_smoothing", 0.0) != 0:
-            raise ValueError(f"{name}: expected no label_smoothing, it is a mean over the logits of a softmax")
+    def __init__(self, in_features: int, num_classes: int, *, scale: float, **common: Unpack[CommonOptions]) -> None:
+        """A loss sets what it has of its own, margin and all, together behind this: until then it is a softmax."""
         super().__init__(in_features, num_classes, scale=scale, **common)
-        self.margin = margin
-        self.bias = nn.Parameter(torch.empty((), device=self.weight.device, dtype=self.weight.dtype))
-        self.reset_parameters()
+        bias = torch.full((), self._first_bias(), device=self.weight.device, dtype=self.weight.dtype)
+        self.bias = nn.Parameter(bias)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -44,6 +39,7 @@ class _OneAgainstAll(MarginLoss):
     def _form(self) -> dict[str, Any]:
         raise NotImplementedError
 
+    @stays_in_python
     def logits(self, embeddings: Tensor) -> Tensor:
         """scale g(c) + bias [B, C] without a margin: what each class's own logistic loss reads."""
         self._check_holds_weights()
@@ -67,8 +63,9 @@ class _OneAgainstAll(MarginLoss):
 
     def _margin(self) -> dict[str, Any]:
         if "margin" not in self._numbers:
-            return super()._margin()  # the constructor sets it later
-        return {"scale": self._numbers["scale"], "margin": self._numbers["margin"], **self._form()}
+            return super()._margin()
+        numbers = {name: self._numbers[name] for name in ("scale", "margin")}
+        return {**numbers, "sub_centers": self.sub_centers, **self._form()}
 
     def _reduction(self) -> dict[str, Any]:
         reduction = super()._reduction()
@@ -89,21 +86,7 @@ class _OneAgainstAll(MarginLoss):
             raise ValueError(f"{name}: expected normalize_input and normalize_weight, its curve is of cosines")
         nothing = torch.empty(0, 1, device="meta")
         labels = torch.empty(0, dtype=torch.int64, device="meta")
-        self._op(False)(
-            nothing,
-            nothing.new_empty(self.sub_centers, 1),
-            labels,
-            sub_centers=self.sub_centers,
-            **self._margin(),
-            **self._reduction(),
-        )
-
-    def _negatives(self, embeddings: Tensor, labels: Tensor, angle: Tensor | None) -> dict[str, Any]:
-        return {"sub_centers": self.sub_centers}
-
-    @property
-    def _one_against_all(self) -> bool:
-        return True
+        self._op(False)(nothing, nothing.new_empty(self.sub_centers, 1), labels, **self._margin(), **self._reduction())
 
 
 class SphereFace2Loss(_OneAgainstAll):
@@ -131,27 +114,26 @@ class SphereFace2Loss(_OneAgainstAll):
         positive_weight: float = 0.7,
         **common: Unpack[CommonOptions],
     ) -> None:
-        self.__dict__["_first"] = {"kind": kind, "t": t, "positive_weight": positive_weight}
-        super().__init__(in_features, num_classes, scale=scale, margin=margin, **common)
-        del self.__dict__["_first"]
+        super().__init__(in_features, num_classes, scale=scale, **common)
         with self._checked_together():
             self.kind = kind
+            self.margin = margin
             self.t = t
             self.positive_weight = positive_weight
 
     def _form(self) -> dict[str, Any]:
-        first = self.__dict__.get("_first")
-        form = first or {
-            "kind": self.kind,
-            "t": self._numbers["t"],
-            "positive_weight": self._numbers["positive_weight"],
-        }
+        positive_weight = self._numbers["positive_weight"]
         return {
-            "kind": form["kind"],
-            "power": form["t"],
-            "positive_weight": form["positive_weight"],
-            "negative_weight": 1.0 - form["positive_weight"],
+            "kind": self.kind,
+            "power": self._numbers["t"],
+            "positive_weight": positive_weight,
+            "negative_weight": 1.0 - positive_weight,
         }
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        if self.__dict__.get("kind") == "a":
+            check_radians("margin", float(self._numbers["margin"]))
 
     def describe_margin(self) -> str:
         return (
@@ -176,7 +158,8 @@ class UniFaceLoss(_OneAgainstAll):
         margin: float = 0.4,
         **common: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(in_features, num_classes, scale=scale, margin=margin, **common)
+        super().__init__(in_features, num_classes, scale=scale, **common)
+        self.margin = margin
 
     def _first_bias(self) -> float:
         return -math.log(10 * self.num_classes)

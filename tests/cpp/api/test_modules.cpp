@@ -179,6 +179,9 @@ TEST(Modules, Errors) {
   EXPECT_ERROR("expected kind to be 'arc' or 'cos'", nn::ElasticFaceLoss(nn::ElasticFaceLossOptions(6, 21).kind("x")));
   EXPECT_ERROR(
       "expected deviation not to be negative", nn::ElasticFaceLoss(nn::ElasticFaceLossOptions(6, 21).deviation(-1)));
+  EXPECT_ERROR(
+      "expected margin in radians", nn::SphereFace2Loss(nn::SphereFace2LossOptions(6, 21).kind("a").margin(11)));
+  EXPECT_ERROR("expected no label_smoothing", nn::UniFaceLoss(nn::UniFaceLossOptions(6, 21).label_smoothing(0.1)));
   EXPECT_ERROR("expected reduction to be", nn::ArcFaceLoss(nn::ArcFaceLossOptions(6, 21).reduction("average")));
   EXPECT_ERROR("label_smoothing", nn::ArcFaceLoss(nn::ArcFaceLossOptions(6, 21).label_smoothing(2)));
   nn::ArcFaceLoss loss(6, 21);
