@@ -97,7 +97,13 @@ int main(int argc, char** argv) {
       {"AdaFaceLoss", [](char** p) { run(nn::AdaFaceLoss(8, 30), p); }},
       {"MagFaceLoss", [](char** p) { run(nn::MagFaceLoss(8, 30), p); }},
       {"ElasticFaceLoss",
-       [](char** p) { run(nn::ElasticFaceLoss(nn::ElasticFaceLossOptions(8, 30).deviation(0)), p); }}};
+       [](char** p) { run(nn::ElasticFaceLoss(nn::ElasticFaceLossOptions(8, 30).deviation(0)), p); }},
+      {"SubCenterArcFaceLoss", [](char** p) { run(nn::SubCenterArcFaceLoss(8, 30), p); }},
+      {"CurricularFaceLoss", [](char** p) { run(nn::CurricularFaceLoss(8, 30), p); }},
+      {"MVSoftmaxLoss", [](char** p) { run(nn::MVSoftmaxLoss(8, 30), p); }},
+      {"InterTopKArcFaceLoss", [](char** p) { run(nn::InterTopKArcFaceLoss(8, 30), p); }},
+      {"SphereFace2Loss", [](char** p) { run(nn::SphereFace2Loss(8, 30), p); }},
+      {"UniFaceLoss", [](char** p) { run(nn::UniFaceLoss(8, 30), p); }}};
   if (argc != 5 || losses.count(argv[1]) == 0) {
     std::cerr << "usage: consumer LOSS INPUTS STATE RESULTS\n";
     return 2;

@@ -34,6 +34,7 @@ LOSSES = {
     "SphereFace": functools.partial(torchmargin.SphereFaceLoss, lambda_base=10.0, lambda_gamma=1.0, lambda_min=0.1),
     "L-Softmax": functools.partial(torchmargin.LargeMarginSoftmaxLoss, lambda_base=10.0, lambda_gamma=1.0),
     "ElasticFace": functools.partial(torchmargin.ElasticFaceLoss, deviation=0.2),
+    "CurricularFace": functools.partial(torchmargin.CurricularFaceLoss, momentum=0.5),
     "own": Counting,
 }
 DIRECT = lambda function, *arguments: function(*arguments)

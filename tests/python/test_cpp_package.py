@@ -102,6 +102,12 @@ LOSSES = {
     "AdaFaceLoss": ["scale", "margin", "h", "momentum"],
     "MagFaceLoss": ["scale", "a_min", "a_max", "m_min", "m_max", "regularizer"],
     "ElasticFaceLoss": ["scale", "margin", "deviation"],
+    "SubCenterArcFaceLoss": ["scale", "margin"],
+    "CurricularFaceLoss": ["scale", "margin", "momentum"],
+    "MVSoftmaxLoss": ["scale", "margin", "t"],
+    "InterTopKArcFaceLoss": ["scale", "margin", "hardest_margin"],
+    "SphereFace2Loss": ["scale", "margin", "t", "positive_weight"],
+    "UniFaceLoss": ["scale", "margin"],
 }
 
 # Python's half of tests/consumer/main.cpp, in a process of its own with the same threads; an exchange a line.
