@@ -320,12 +320,12 @@ MarginLossOptions margin_options(const SphereFace2LossOptions& o) {
   TORCH_CHECK(
       o.positive_weight() >= 0 && o.positive_weight() <= 1, "expected positive_weight in [0, 1], but got ",
       o.positive_weight());
-  OneAgainstAll form;
-  form.kind = o.kind();
-  form.margin = o.margin();
-  form.power = o.t();
-  form.positive_weight = o.positive_weight();
-  form.negative_weight = 1.0 - o.positive_weight();
+  const OneAgainstAll form{
+      .kind = o.kind(),
+      .margin = o.margin(),
+      .power = o.t(),
+      .positive_weight = o.positive_weight(),
+      .negative_weight = 1.0 - o.positive_weight()};
   return common(o, published::form<published::SphereFace2>(o.scale())).bias(true).one_against_all(form);
 }
 
@@ -336,10 +336,8 @@ std::vector<SavedNumber> numbers_of(SphereFace2LossOptions& o) {
 MarginLossOptions margin_options(const UniFaceLossOptions& o) {
   refuse_filter("UniFaceLoss", o);
   check_not_negative("margin", o.margin());
-  OneAgainstAll form;
-  form.kind = "m";
-  form.margin = o.margin();
-  form.first_bias = -std::log(10.0 * static_cast<double>(o.num_classes()));
+  const OneAgainstAll form{
+      .kind = "m", .margin = o.margin(), .first_bias = -std::log(10.0 * static_cast<double>(o.num_classes()))};
   return common(o, published::form<published::UniFace>(o.scale())).bias(true).one_against_all(form);
 }
 
