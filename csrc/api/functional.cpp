@@ -102,7 +102,7 @@ auto call_binary(
     const LinearMarginBinaryCrossEntropyFuncOptions& o) {
   return op.call(
       input, weight, target, o.bias(), o.scale(), o.margin(), o.kind(), o.power(), o.positive_weight(),
-      o.negative_weight(), o.sub_centers(), o.compute_dtype(), o.ignore_index(), o.reduction());
+      o.negative_weight(), o.sub_centers(), o.compute_dtype(), o.ignore_index(), o.reduction(), o.require_target());
 }
 
 } // namespace

@@ -212,7 +212,7 @@ std::pair<torch::Tensor, MarginStatistics> MarginLossBase::call_op(
     bool with_statistics) {
   if (options.one_against_all().has_value()) {
     const functional::LinearMarginBinaryCrossEntropyFuncOptions binary =
-        binary_options(options).bias(bias).compute_dtype(lowest);
+        binary_options(options).bias(bias).compute_dtype(lowest).require_target(true);
     if (with_statistics) {
       return functional::linear_margin_binary_cross_entropy_with_statistics(input, weight, labels, binary);
     }

@@ -184,4 +184,21 @@ at::Tensor global_sum(const at::Tensor& value, const Group& group) {
   return sum;
 }
 
+at::Tensor shared_by_ranks(const at::Tensor& value, const Group& group) {
+  at::Tensor here;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    here = value.clone();
+  }
+  if (any_requires_grad({value})) {
+    const auto backward = [group](const Tensors& grads, const Tensors&, const std::vector<bool>&) -> Tensors {
+      refuse_second_derivatives();
+      const at::Tensor wide = grads[0].to(acc_dtype(grads[0].scalar_type()));
+      return {all_reduce(wide, "sum", group).to(grads[0].scalar_type())};
+    };
+    attach_node({here}, /*outputs=*/1, {value}, {"SharedByRanksBackward", {}, {}, numbers_of(group), backward});
+  }
+  return here;
+}
+
 } // namespace torchmargin

@@ -48,4 +48,7 @@ exchange_partials(const std::vector<at::Tensor>& partials, int64_t differentiabl
 // share, and what crosses ranks crosses in the nodes above.
 at::Tensor global_sum(const at::Tensor& value, const Group& group);
 
+// A tensor that all ranks have, whose gradient is the sum of theirs.
+at::Tensor shared_by_ranks(const at::Tensor& value, const Group& group);
+
 } // namespace torchmargin

@@ -45,18 +45,23 @@
 #define TORCHMARGIN_HARDEST_ARGUMENTS hardest, hardest_margin
 
 // ---- one against all ------------------------------------------------------------------------
-#define TORCHMARGIN_BINARY_SCHEMA                                                                              \
-  "Tensor input, Tensor weight, Tensor target, Tensor? bias=None, *, float scale=1.0, float margin=0.0, "      \
-  "str kind=\"c\", float power=1.0, float positive_weight=1.0, float negative_weight=1.0, int sub_centers=1, " \
-  "ScalarType? compute_dtype=None, int ignore_index=-100, str reduction=\"mean\""
-#define TORCHMARGIN_BINARY_PARAMETERS                                                                                 \
-  const at::Tensor &input, const at::Tensor &weight, const at::Tensor &target, const std::optional<at::Tensor>&bias,  \
-      double scale, double margin, std::string_view kind, double power, double positive_weight,                       \
-      double negative_weight, int64_t sub_centers, std::optional<at::ScalarType> compute_dtype, int64_t ignore_index, \
-      std::string_view reduction
-#define TORCHMARGIN_BINARY_ARGUMENTS                                                                      \
-  input, weight, target, bias, scale, margin, kind, power, positive_weight, negative_weight, sub_centers, \
-      compute_dtype, ignore_index, reduction
+// require_target: a target that is neither a class nor ignore_index is an error instead of a row of negatives alone.
+#define TORCHMARGIN_BINARY_OPTIONS_SCHEMA                                                                     \
+  "Tensor? bias=None, *, float scale=1.0, float margin=0.0, str kind=\"c\", float power=1.0, "                \
+  "float positive_weight=1.0, float negative_weight=1.0, int sub_centers=1, ScalarType? compute_dtype=None, " \
+  "int ignore_index=-100, str reduction=\"mean\", bool require_target=False"
+#define TORCHMARGIN_BINARY_SCHEMA "Tensor input, Tensor weight, Tensor target, " TORCHMARGIN_BINARY_OPTIONS_SCHEMA
+#define TORCHMARGIN_BINARY_OPTION_PARAMETERS                                                              \
+  const std::optional<at::Tensor>&bias, double scale, double margin, std::string_view kind, double power, \
+      double positive_weight, double negative_weight, int64_t sub_centers,                                \
+      std::optional<at::ScalarType> compute_dtype, int64_t ignore_index, std::string_view reduction,      \
+      [[maybe_unused]] bool require_target
+#define TORCHMARGIN_BINARY_PARAMETERS \
+  const at::Tensor &input, const at::Tensor &weight, const at::Tensor &target, TORCHMARGIN_BINARY_OPTION_PARAMETERS
+#define TORCHMARGIN_BINARY_OPTION_ARGUMENTS                                                                     \
+  bias, scale, margin, kind, power, positive_weight, negative_weight, sub_centers, compute_dtype, ignore_index, \
+      reduction, require_target
+#define TORCHMARGIN_BINARY_ARGUMENTS input, weight, target, TORCHMARGIN_BINARY_OPTION_ARGUMENTS
 
 // The linear forward of one block of classes among others: see linear.cpp.
 #define TORCHMARGIN_PARTIALS_SCHEMA \

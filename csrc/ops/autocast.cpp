@@ -91,13 +91,14 @@ LossTuple linear_margin_cross_entropy_statistics_autocast(
   return call_linear(op, TORCHMARGIN_LINEAR_ARGUMENTS, TORCHMARGIN_HARDEST_ARGUMENTS, TORCHMARGIN_LOSS_ARGUMENTS);
 }
 
-template <typename Op>
-auto call_binary(const Op& op, TORCHMARGIN_BINARY_PARAMETERS) {
+template <typename Op, typename... More>
+auto call_binary(const Op& op, TORCHMARGIN_BINARY_PARAMETERS, More... more) {
   const c10::impl::ExcludeDispatchKeyGuard below(c10::autocast_dispatch_keyset);
   const at::ScalarType dtype = weight.defined() ? weight.scalar_type() : at::kFloat;
   return op.call(
       cast(input, dtype), weight, target, cast(bias, dtype), scale, margin, kind, power, positive_weight,
-      negative_weight, sub_centers, lowest_dtype(input, weight, compute_dtype), ignore_index, reduction);
+      negative_weight, sub_centers, lowest_dtype(input, weight, compute_dtype), ignore_index, reduction, require_target,
+      more...);
 }
 
 at::Tensor linear_margin_binary_cross_entropy_autocast(TORCHMARGIN_BINARY_PARAMETERS) {
@@ -110,6 +111,12 @@ LossTuple linear_margin_binary_cross_entropy_statistics_autocast(TORCHMARGIN_BIN
   static const auto op =
       find_op<LossTuple(TORCHMARGIN_BINARY_PARAMETERS)>("torchmargin::_linear_margin_binary_cross_entropy_statistics");
   return call_binary(op, TORCHMARGIN_BINARY_ARGUMENTS);
+}
+
+PartialsTuple linear_margin_binary_partials_autocast(TORCHMARGIN_BINARY_PARAMETERS, int64_t calls) {
+  static const auto op =
+      find_op<PartialsTuple(TORCHMARGIN_BINARY_PARAMETERS, int64_t)>("torchmargin::_linear_margin_binary_partials");
+  return call_binary(op, TORCHMARGIN_BINARY_ARGUMENTS, calls);
 }
 
 at::Tensor linear_target_angle_autocast(
@@ -162,6 +169,7 @@ void register_kernels(torch::Library& library) {
   library.impl("linear_margin_binary_cross_entropy", linear_margin_binary_cross_entropy_autocast);
   library.impl(
       "_linear_margin_binary_cross_entropy_statistics", linear_margin_binary_cross_entropy_statistics_autocast);
+  library.impl("_linear_margin_binary_partials", linear_margin_binary_partials_autocast);
   library.impl("linear_target_angle", linear_target_angle_autocast);
   library.impl("linear_margin_cross_entropy", linear_margin_cross_entropy_autocast);
   library.impl("_linear_margin_cross_entropy_statistics", linear_margin_cross_entropy_statistics_autocast);

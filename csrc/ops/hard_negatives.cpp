@@ -51,18 +51,31 @@ void check_hardest_margin(std::string_view op, const LinearProblem& problem, dou
       ": expected normalize_input and normalize_weight with hardest_margin, an angle has no length");
 }
 
-at::Tensor plain_margin(const LinearProblem& p, const at::Tensor& target_angle) {
-  const MarginParameters& margin = p.margins.parameters;
+void check_coefficient_values(const LinearProblem& problem, bool all_finite) {
+  if (!problem.hard_coefficients.has_value()) {
+    return;
+  }
+  const at::Tensor& coefficients = *problem.hard_coefficients;
+  at::Tensor good = coefficients.isfinite();
+  if (!all_finite) {
+    const at::Tensor last = at::arange(3, coefficients.options().dtype(at::kLong)).eq(2);
+    good = good.logical_or(last.logical_and(coefficients.eq(-kInfinity)));
+  }
+  at::_assert_async(
+      good.all(),
+      all_finite ? "torchmargin: expected finite hard_coefficients with label_smoothing"
+                 : "torchmargin: expected finite hard_coefficients, but for d = -infinity");
+}
+
+at::Tensor plain_margin(const Margins& margins, const at::Tensor& target_angle) {
+  const MarginParameters& margin = margins.parameters;
   const auto widened = [](const std::optional<at::Tensor>& sample) { return sample->detach().to(at::kDouble); };
   at::Tensor phi = target_angle.to(at::kDouble) * margin.m1 + margin.m2;
-  if (p.margins.sample_m2.has_value()) {
-    phi = phi + widened(p.margins.sample_m2);
+  if (margins.sample_m2.has_value()) {
+    phi = phi + widened(margins.sample_m2);
   }
-  at::Tensor plain = phi.cos() - margin.m3;
-  if (p.margins.sample_m3.has_value()) {
-    plain = plain - widened(p.margins.sample_m3);
-  }
-  return at::where(target_place(p.target, p.classes()).present, plain, number_like(plain, kInfinity));
+  const at::Tensor plain = phi.cos() - margin.m3;
+  return margins.sample_m3.has_value() ? plain - widened(margins.sample_m3) : plain;
 }
 
 at::Tensor changed_cosines(
@@ -70,8 +83,13 @@ at::Tensor changed_cosines(
     const at::Tensor& cosines,
     const at::Tensor& own,
     const at::Tensor& target_angle) {
-  at::Tensor threshold =
-      p.hard_threshold.has_value() ? p.hard_threshold->to(at::kDouble) : plain_margin(p, target_angle);
+  at::Tensor threshold;
+  if (p.hard_threshold.has_value()) {
+    threshold = p.hard_threshold->to(at::kDouble);
+  } else { // nothing is hard where the target is absent
+    const at::Tensor plain = plain_margin(p.margins, target_angle);
+    threshold = at::where(target_place(p.target, p.classes()).present, plain, number_like(plain, kInfinity));
+  }
   threshold = at::where(threshold < 1.0, threshold, number_like(threshold, kInfinity)).to(cosines.scalar_type());
   threshold = threshold.dim() == 0 ? threshold : threshold.unsqueeze(1);
   const at::Tensor hard = cosines.detach().gt(threshold).logical_and(own.logical_not());

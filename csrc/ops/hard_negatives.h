@@ -14,9 +14,13 @@ namespace torchmargin {
 // hardest_margin: radians, of problem.hardest classes.
 void check_hardest_margin(std::string_view op, const LinearProblem& problem, double hardest_margin);
 
+// An error at once on the CPU, a device-side assertion on CUDA. NB: d = -infinity takes classes out of the sum of
+// exponentials, and would make that of the logits, which label smoothing needs, infinite.
+void check_coefficient_values(const LinearProblem& problem, bool all_finite);
+
 // cos(m1 theta + m2) - m3 of each row, [B] float64, from its angle: the threshold of a row for which none is given.
-// +infinity where the target is absent. It has neither the margin's extension nor its weight, as the papers have it.
-at::Tensor plain_margin(const LinearProblem& problem, const at::Tensor& target_angle);
+// It has neither the margin's extension nor its weight, as the papers have it.
+at::Tensor plain_margin(const Margins& margins, const at::Tensor& target_angle);
 
 // Cosines [B, C] with those of hard negatives changed. own: [B, C] bool, each row's own class; angle: [B] float64.
 at::Tensor changed_cosines(

@@ -46,9 +46,9 @@ linear_margin_lse_hardest(TORCHMARGIN_LINEAR_PARAMETERS, int64_t hardest) {
           r.max_other_logit,   r.hardest_logit.to(acc), r.hardest_class};
 }
 
-// Radians; only the angle: which center is nearest is found again wherever it is needed.
+// Radians, float64; only the angle: which center is nearest is found again wherever it is needed.
 at::Tensor
-linear_target_angle(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target, int64_t sub_centers) {
+wide_target_angle(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target, int64_t sub_centers) {
   const LinearProblem problem = make_linear_problem(
       "linear_target_angle", input, weight, target, /*bias=*/std::nullopt, /*scale=*/1.0, /*m1=*/1.0, /*m2=*/0.0,
       /*m3=*/0.0, /*sample_m2=*/std::nullopt, /*sample_m3=*/std::nullopt, /*sample_margin_weight=*/std::nullopt, "none",
@@ -56,7 +56,40 @@ linear_target_angle(const at::Tensor& input, const at::Tensor& weight, const at:
       /*compute_dtype=*/std::nullopt, sub_centers, /*hard_threshold=*/std::nullopt,
       /*hard_coefficients=*/std::nullopt);
   const at::NoGradGuard no_grad;
-  return std::get<0>(call_target_rows(problem)).to(problem.acc());
+  return std::get<0>(call_target_rows(problem));
+}
+
+at::Tensor
+linear_target_angle(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target, int64_t sub_centers) {
+  const at::Tensor angle = wide_target_angle(input, weight, target, sub_centers);
+  return angle.to(acc_dtype(input.scalar_type()));
+}
+
+at::Tensor plain_margin_op(
+    const at::Tensor& target_angle,
+    double m1,
+    double m2,
+    double m3,
+    const std::optional<at::Tensor>& sample_m2,
+    const std::optional<at::Tensor>& sample_m3) {
+  Margins margins;
+  margins.parameters.m1 = m1;
+  margins.parameters.m2 = m2;
+  margins.parameters.m3 = m3;
+  margins.sample_m2 = defined(sample_m2);
+  margins.sample_m3 = defined(sample_m3);
+  const at::NoGradGuard no_grad;
+  return plain_margin(margins, target_angle);
+}
+
+std::tuple<at::Tensor, at::Tensor> with_hardest_op(
+    const at::Tensor& other_lse,
+    const at::Tensor& logit_sum,
+    const at::Tensor& hardest_logit,
+    double scale,
+    double hardest_margin) {
+  const OtherSums sums = with_hardest({other_lse, logit_sum}, hardest_logit, scale, hardest_margin);
+  return {sums.other_lse, sums.logit_sum};
 }
 
 struct Loss {
@@ -132,6 +165,7 @@ PartialsTuple linear_margin_partials(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_
   const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_LINEAR_ARGUMENTS, hardest);
   demand_threshold(op, problem);
   TORCH_CHECK(calls > 0, op, ": expected calls to be positive, but got ", calls);
+  check_coefficient_values(problem, /*all_finite=*/with_logit_sum);
   const ForwardResult r = call_linear_forward(
       problem,
       {.ignore_index = std::nullopt,
@@ -167,6 +201,9 @@ TORCH_LIBRARY_IMPL(torchmargin, CompositeImplicitAutograd, library) {
   library.impl("linear_margin_lse", linear_margin_lse);
   library.impl("linear_margin_lse_hardest", linear_margin_lse_hardest);
   library.impl("linear_target_angle", linear_target_angle);
+  library.impl("_linear_target_angle", wide_target_angle);
+  library.impl("_plain_margin", plain_margin_op);
+  library.impl("_with_hardest", with_hardest_op);
   library.impl("linear_margin_cross_entropy", linear_margin_cross_entropy);
   library.impl("margin_logits", margin_logits);
   library.impl("_linear_margin_partials", linear_margin_partials);

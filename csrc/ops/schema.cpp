@@ -31,10 +31,24 @@ TORCH_LIBRARY(torchmargin, library) {
   library.def("_linear_margin_partials(" TORCHMARGIN_LINEAR_SCHEMA TORCHMARGIN_PARTIALS_SCHEMA
               ") -> (Tensor other_lse, Tensor target_logit, Tensor logit_sum, Tensor target_angle, "
               "Tensor max_other_logit, Tensor plain_target_logit, Tensor hardest_logit, Tensor hardest_class)");
+  library.def("_linear_margin_binary_partials(" TORCHMARGIN_BINARY_SCHEMA
+              ", int calls=1) -> (Tensor other_sum, Tensor target_logit, Tensor logit_sum, Tensor target_angle, "
+              "Tensor max_other_logit, Tensor plain_target_logit, Tensor hardest_logit, Tensor hardest_class)");
+  // Private: what shards exchange before a margin of their rows' own, and make of it. See ops/linear.cpp.
+  library.def("_linear_target_angle(Tensor input, Tensor weight, Tensor target, int sub_centers) -> Tensor");
+  library.def(
+      "_plain_margin(Tensor target_angle, float m1, float m2, float m3, Tensor? sample_m2, Tensor? sample_m3) -> "
+      "Tensor");
   // Private: the loss from the forward's results. See ops/cross_entropy.cpp.
   library.def("_margin_loss(" TORCHMARGIN_LOSS_OP_SCHEMA ") -> Tensor");
   library.def("_margin_loss_backward(" TORCHMARGIN_LOSS_BACKWARD_OP_SCHEMA
               ") -> (Tensor grad_other_lse, Tensor grad_target_logit, Tensor grad_mean_logit)");
+  library.def(
+      "_with_hardest(Tensor other_lse, Tensor logit_sum, Tensor hardest_logit, float scale, "
+      "float hardest_margin) -> (Tensor other_lse, Tensor logit_sum)");
+  library.def(
+      "_margin_binary_loss(Tensor other_sum, Tensor target_logit, Tensor target, int num_classes, "
+      "float positive_weight, float negative_weight, int ignore_index) -> Tensor");
   // Private: the forward with what its backward needs, and that backward. See ops/problem.h.
   library.def("_linear_margin_forward(" TORCHMARGIN_PACKED_LINEAR_SCHEMA TORCHMARGIN_FORWARD_REQUEST_SCHEMA
               ") -> (Tensor other_lse, Tensor target_logit, Tensor logit_sum, Tensor hardest_logit, "

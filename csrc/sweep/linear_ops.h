@@ -1,12 +1,9 @@
 // The private linear ops, once for all devices: the gate, the check of the targets' values, the sweep.
 #pragma once
 
-#include <ATen/Functions.h>
-#include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
-#include <limits>
-
+#include "ops/hard_negatives.h"
 #include "ops/problem.h"
 #include "sweep/sweeps.h"
 
@@ -26,9 +23,10 @@ struct LinearOps {
     const Guard guard(input.device());
     if (ignore_index.has_value()) {
       On::check_target_values(
-          "linear_margin_cross_entropy", target, weight.size(0) / problem.sub_centers, *ignore_index);
+          problem.one_against_all() ? "linear_margin_binary_cross_entropy" : "linear_margin_cross_entropy", target,
+          weight.size(0) / problem.sub_centers, *ignore_index);
     }
-    check_coefficients(problem, /*all_finite=*/ignore_index.has_value() && with_logit_sum);
+    check_coefficient_values(problem, /*all_finite=*/ignore_index.has_value() && with_logit_sum);
     return to_tuple(sweep_forward(problem, request, device()));
   }
 
@@ -45,7 +43,7 @@ struct LinearOps {
   static TargetTuple targets(TORCHMARGIN_PACKED_LINEAR_PARAMETERS) {
     const LinearProblem problem = make_linear_problem("_linear_target_rows", TORCHMARGIN_PACKED_LINEAR_ARGUMENTS);
     const Guard guard(input.device());
-    check_coefficients(problem, /*all_finite=*/false);
+    check_coefficient_values(problem, /*all_finite=*/false);
     return sweep_targets(problem, device());
   }
 
@@ -64,24 +62,6 @@ struct LinearOps {
     check_request(op, problem, request);
     const Guard guard(input.device());
     return to_tuple(sweep_logits_backward(problem, request, device()));
-  }
-
-  // An error at once on the CPU, a device-side assertion on CUDA. NB: d = -infinity takes classes out of the sum of
-  // exponentials, and would make that of the logits infinite.
-  static void check_coefficients(const LinearProblem& problem, bool all_finite) {
-    if (!problem.hard_coefficients.has_value()) {
-      return;
-    }
-    const at::Tensor& coefficients = *problem.hard_coefficients;
-    at::Tensor good = coefficients.isfinite();
-    if (!all_finite) {
-      const at::Tensor last = at::arange(3, coefficients.options().dtype(at::kLong)).eq(2);
-      good = good.logical_or(last.logical_and(coefficients.eq(-std::numeric_limits<double>::infinity())));
-    }
-    at::_assert_async(
-        good.all(),
-        all_finite ? "torchmargin: expected finite hard_coefficients with label_smoothing"
-                   : "torchmargin: expected finite hard_coefficients, but for d = -infinity");
   }
 
   static void add_to(torch::Library& library) {

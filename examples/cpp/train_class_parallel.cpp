@@ -35,8 +35,8 @@ double run(const Arguments& arguments) {
   group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
   group->setGroupName("digits");
   c10d::register_process_group("digits", group);
-  const double accuracy =
-      train_class_parallel_digits(arguments["data"].c_str(), "digits", static_cast<int>(arguments.number("epochs")));
+  const double accuracy = train_class_parallel_digits(
+      arguments["data"].c_str(), "digits", arguments["loss"].c_str(), static_cast<int>(arguments.number("epochs")));
   c10d::unregister_process_group("digits");
   return accuracy;
 }
@@ -58,7 +58,12 @@ int main(int argc, char** argv) {
   try {
     const Arguments arguments(
         argc, argv,
-        {{"data", "examples/data/digits.csv"}, {"epochs", "10"}, {"rank", "0"}, {"ranks", "1"}, {"store", "store"}});
+        {{"data", "examples/data/digits.csv"},
+         {"epochs", "10"},
+         {"loss", "arcface"},
+         {"rank", "0"},
+         {"ranks", "1"},
+         {"store", "store"}});
     const double accuracy = run(arguments);
     std::printf("accuracy %.4f\n", accuracy);
     return accuracy < 0 ? 1 : 0;

@@ -295,6 +295,7 @@ def linear_margin_binary_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    require_target: bool = False,
 ) -> Tensor:
     """One against all: a logistic loss for each class, summed over the classes, without the [B, C] logits.
 
@@ -306,8 +307,8 @@ def linear_margin_binary_cross_entropy(
 
     SphereFace2 (Wen et al., ICLR 2022): "c" with power 3, weights lambda and 1 - lambda. UniFace (Zhou et al.,
     ICCV 2023): "m" with power 1; the paper's bias is -``bias``. Embeddings and weights are always normalised. A target
-    outside [0, C) that is not ``ignore_index`` is absent: the row has negatives only. ``power`` is at least 1, and
-    whole with "m". Raises RuntimeError for bad arguments, before any work.
+    outside [0, C) that is not ``ignore_index`` is absent: the row has negatives only; with ``require_target`` it is an
+    IndexError. ``power`` is at least 1, and whole with "m". Raises RuntimeError for bad arguments, before any work.
     """
     loss: Tensor = torch.ops.torchmargin.linear_margin_binary_cross_entropy(
         input,
@@ -324,6 +325,7 @@ def linear_margin_binary_cross_entropy(
         compute_dtype=compute_dtype,
         ignore_index=ignore_index,
         reduction=reduction,
+        require_target=require_target,
     )
     return loss
 

@@ -57,7 +57,7 @@ class LinearMargin(MarginShape, total=False):
 
 
 class LinearRule(LinearMargin, total=False):
-    """The same, and what happens to other classes where they do not go over ranks."""
+    """The same, and what happens to other classes."""
 
     sub_centers: int
     hard_threshold: Tensor | None

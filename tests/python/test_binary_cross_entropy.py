@@ -96,6 +96,26 @@ def test_refusals(text):
     assert str(error.value).startswith("linear_margin_binary_cross_entropy: expected ") and text in str(error.value)
 
 
+@pytest.mark.parametrize("label", [23, -1])
+def test_a_label_that_is_no_class_is_an_error_to_the_losses(label):
+    """As to every loss; the op, for shards of classes, makes it one where it is asked to."""
+    x, w, y, _ = _problem(1)
+    y = torch.where(y < 0, 0, y)
+    y[1], y[2] = label, -100
+    text = rf"^linear_margin_binary_cross_entropy: expected target values in \[0, 23\) .* but got {label} at row 1"
+    assert F.linear_margin_binary_cross_entropy(x, w, y).isfinite()
+    with pytest.raises(IndexError, match=text):
+        F.linear_margin_binary_cross_entropy(x, w, y, require_target=True)
+    for kind in (torchmargin.SphereFace2Loss, torchmargin.UniFaceLoss):
+        loss = kind(x.shape[1], 23, dtype=torch.float64)
+        for statistics in (False, True):
+            with pytest.raises(IndexError, match=text):
+                loss(x, y, return_statistics=statistics)
+    known = torch.where(y == label, -100, y)
+    value = F.linear_margin_binary_cross_entropy(x, w, known)
+    assert torch.equal(F.linear_margin_binary_cross_entropy(x, w, known, require_target=True), value)
+
+
 def test_curricularface_moves_t_before_it_uses_it():
     """t <- (1 - momentum) t + momentum mean cos(theta), over the rows that count, once a training forward."""
     loss = torchmargin.CurricularFaceLoss(6, 23, dtype=torch.float64)

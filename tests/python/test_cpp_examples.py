@@ -37,7 +37,8 @@ def examples(tmp_path_factory):
 
 
 LOSSES = "softmax modified-softmax normalized-softmax sphereface sphereface-r l-softmax cosface arcface combined"
-LOSSES = [*LOSSES.split(), "adaface", "magface", "elasticface"]
+LOSSES += " adaface magface elasticface sub-center curricularface mv-softmax inter-top-k sphereface2 uniface"
+LOSSES = LOSSES.split()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -245,20 +246,21 @@ import ctypes, sys
 import torch, torch.distributed as dist
 import torchmargin  # the ops
 
-library, data, store, rank = sys.argv[1:]
+library, data, store, loss, rank = sys.argv[1:]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
 train = ctypes.CDLL(library).train_class_parallel_digits
 train.restype = ctypes.c_double
-print(train(data.encode(), dist.group.WORLD.group_name.encode(), 4))
+print(train(data.encode(), dist.group.WORLD.group_name.encode(), loss.encode(), 4))
 dist.destroy_process_group()
 """
 
 
-def test_classes_over_ranks_train_in_cpp(examples, tmp_path):
+@pytest.mark.parametrize("loss", ["arcface", "inter-top-k", "sphereface2"])
+def test_classes_over_ranks_train_in_cpp(examples, tmp_path, loss):
     """C++ on two gloo ranks; the process groups are made by Python, whose LibTorch has no headers for that."""
     (library,) = examples.glob("libclass_parallel_digits.*")
-    commands = [[sys.executable, "-c", RANK, library, DATA, tmp_path / "store", rank] for rank in (0, 1)]
+    commands = [[sys.executable, "-c", RANK, library, DATA, tmp_path / "store", loss, rank] for rank in (0, 1)]
     ranks = [
         subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for command in commands

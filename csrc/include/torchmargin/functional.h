@@ -147,6 +147,8 @@ struct TORCHMARGIN_API LinearMarginBinaryCrossEntropyFuncOptions {
   TORCH_ARG(std::optional<at::ScalarType>, compute_dtype) = std::nullopt;
   TORCH_ARG(int64_t, ignore_index) = -100;
   TORCH_ARG(std::string, reduction) = "mean";
+  /// A target that is neither a class nor ignore_index is c10::IndexError instead of a row of negatives alone.
+  TORCH_ARG(bool, require_target) = false;
 };
 TORCHMARGIN_API at::Tensor linear_margin_binary_cross_entropy(
     const at::Tensor& input,

@@ -6,7 +6,8 @@ from one GPU to many.
 """
 
 from torchmargin.distributed.checkpoint import export_weight, import_weight
-from torchmargin.distributed.head import ClassParallel, class_parallel_cross_entropy
+from torchmargin.distributed.functional import class_parallel_binary_cross_entropy, class_parallel_cross_entropy
+from torchmargin.distributed.head import ClassParallel
 from torchmargin.distributed.rows import attach_row_optimizer, step_in_backward
 from torchmargin.distributed.sampling import ClassSampler
 
@@ -14,6 +15,7 @@ __all__ = [
     "ClassParallel",
     "ClassSampler",
     "attach_row_optimizer",
+    "class_parallel_binary_cross_entropy",
     "class_parallel_cross_entropy",
     "export_weight",
     "import_weight",

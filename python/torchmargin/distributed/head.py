@@ -5,41 +5,30 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from typing_extensions import Unpack
 
 from torchmargin import _extension  # noqa: F401  (registers the ops)
 from torchmargin.distributed import blocks as blocks_of
+from torchmargin.distributed.partials import Partials, partials_of, stacked
 from torchmargin.distributed.rows import DrawnRows, DrawnSample, check_step_in_backward_upstream
 from torchmargin.distributed.sampling import Sampler
 from torchmargin.losses.base import MarginLoss, MarginStatistics
 from torchmargin.losses.recompute import empty_log, key_of
-from torchmargin.options import LinearMargin, Reduction
 
-__all__ = ["ClassParallel", "class_parallel_cross_entropy"]
+__all__ = ["ClassParallel"]
 
 
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-class _Partials(NamedTuple):
-    """What classes find for rows, [B] each: float64, the last three without gradients and only for statistics."""
-
-    other_lse: Tensor
-    target_logit: Tensor
-    logit_sum: Tensor
-    target_angle: Tensor
-    max_other_logit: Tensor
-    plain_target_logit: Tensor
 
 
 class ClassParallel(nn.Module):
@@ -76,8 +65,9 @@ class ClassParallel(nn.Module):
             the rows of the drawn classes, for :func:`attach_row_optimizer`.
     """
 
-    weight: nn.ParameterList | blocks_of.BufferList
+    weight: nn.ParameterList | blocks_of.BufferList  # [c, D] each, [c, K, D] with sub-centers
     bias: nn.ParameterList | blocks_of.BufferList | None
+    shared_bias: nn.Parameter | None  # 0-dim, of a loss that is one against all
 
     def __init__(
         self,
@@ -109,6 +99,13 @@ class ClassParallel(nn.Module):
         if weight.is_meta:
             loss.to_empty(device=torch.device(mesh.device_type))
         self.loss = loss
+        self._partials_of = partials_of(loss)
+        self.shared_bias = None
+        if bias is not None and bias.dim() == 0:
+            one = torch.full((), loss._first_bias(), dtype=bias.dtype, device=loss.weight.device)
+            self.shared_bias = nn.Parameter(blocks_of.shared_by_all(one if bias.is_meta else bias, mesh))
+            bias = None
+        of_classes = blocks_of.as_classes(weight, loss.sub_centers)
         self._sizes: list[int] = []
         weights, biases = self._make_list(), self._make_list() if bias is not None else None
         self.weight, self.bias = weights, biases
@@ -118,7 +115,7 @@ class ClassParallel(nn.Module):
                 self._append_drawn(first, size, loss.num_classes)
             else:
                 self._append(
-                    blocks_of.distribute_block(weight[first : first + size], mesh),
+                    blocks_of.distribute_block(of_classes[first : first + size], mesh),
                     None if bias is None else blocks_of.distribute_block(bias[first : first + size], mesh),
                 )
         self._rows: DrawnRows | None = None
@@ -136,6 +133,11 @@ class ClassParallel(nn.Module):
     def in_features(self) -> int:
         """D."""
         return self.loss.in_features
+
+    @property
+    def _of_class(self) -> tuple[int, ...]:
+        """The shape of a class's weights."""
+        return (self.in_features,) if self.loss.sub_centers == 1 else (self.loss.sub_centers, self.in_features)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -191,6 +193,8 @@ class ClassParallel(nn.Module):
             blocks_of.fill_drawn(_local(block), first, self.num_classes, self._seed)
         for block in self.bias or ():
             _local(block).zero_()
+        if self.shared_bias is not None:
+            _local(self.shared_bias).fill_(self.loss._first_bias())
         self.loss.reset_state()
         if self._rows is not None:
             self._rows.reset()
@@ -200,7 +204,7 @@ class ClassParallel(nn.Module):
 
     def _append_drawn(self, first: int, size: int, num_classes: int) -> None:
         self._append(
-            blocks_of.draw_block(first, size, num_classes, self.in_features, self.mesh, self._dtype, self._seed),
+            blocks_of.draw_block(first, size, num_classes, self._of_class, self.mesh, self._dtype, self._seed),
             None if self.bias is None else blocks_of.zero_block(size, self.mesh, self._dtype),
         )
 
@@ -245,12 +249,18 @@ class ClassParallel(nn.Module):
         self._check_gradients_agree(embeddings)
         rows = ops._gather_rows(embeddings, per_rank, self._dtype, self.input_grad_scale, *self._group)
         smoothed = loss.label_smoothing > 0
-        before, fresh = loss._advance_once(rows, all_labels)
+        angle = self._target_angle(rows, all_labels) if loss.reads_angle else None
+        given = None if angle is None else angle.to(loss.acc_dtype)
+        before, fresh = loss._advance_once(rows, all_labels, given)
         try:
-            margins = loss._row_margins(rows, all_labels)
-            found = self._partials(
-                rows, all_labels, margins, loss._compute_dtype(embeddings), smoothed, return_statistics
-            )
+            arguments: dict[str, Any] = {**loss._row_margins(rows, all_labels, given)}
+            arguments.update(loss._negatives(rows, all_labels, given))
+            if "hard_coefficients" in arguments and "hard_threshold" not in arguments:
+                angle = self._target_angle(rows, all_labels) if angle is None else angle
+                arguments["hard_threshold"] = self._plain_margin(angle, arguments)
+            arguments["compute_dtype"] = loss._compute_dtype(embeddings)
+            arguments.update(self._partials_of.sent(smoothed, return_statistics))
+            found = self._partials(rows, all_labels, arguments)
             penalty = loss.row_penalty(loss._widened(embeddings), labels)
         except BaseException:
             loss._settle(before, None)
@@ -258,10 +268,7 @@ class ClassParallel(nn.Module):
         loss._settle(before, fresh)
 
         mine = self._merged(self._exchanged(found, smoothed, return_statistics), labels.shape[0])
-        mean_logit = mine.logit_sum / self.num_classes if smoothed else None
-        losses = ops._margin_loss(
-            mine.other_lse, mine.target_logit, mean_logit, labels, loss.label_smoothing, loss.ignore_index, 0, True
-        )
+        losses = self._partials_of.losses(mine, labels, self.num_classes)
         valid = labels != loss.ignore_index
         if penalty is not None:
             losses = losses + self._scaled(torch.where(valid, penalty, 0.0))
@@ -393,38 +400,56 @@ class ClassParallel(nn.Module):
             )
         self._gradients_agree = True
 
-    def _partials(
-        self,
-        rows: Tensor,
-        labels: Tensor,
-        margins: dict[str, Tensor],
-        compute_dtype: torch.dtype | None,
-        smoothed: bool,
-        with_statistics: bool,
-    ) -> list[_Partials]:
+    @torch.no_grad()
+    def _target_angle(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """The angle [R n] of each row to its class, float64: the rank that holds the class tells all."""
+        angle = torch.zeros_like(labels, dtype=torch.float64)
+        for block, (first, _) in zip(self.weight, self.class_ranges):
+            weight = blocks_of.as_rows(_local(block))
+            angle += torch.ops.torchmargin._linear_target_angle(rows, weight, labels - first, self.loss.sub_centers)
+        everywhere: Tensor = funcol.all_reduce(angle, "sum", self.mesh.get_group())
+        return everywhere
+
+    def _plain_margin(self, angle: Tensor, margins: dict[str, Any]) -> Tensor:
+        """Which cosines are hard for each row, where the loss does not say it."""
+        of_all = self.loss._margin()
+        threshold: Tensor = torch.ops.torchmargin._plain_margin(
+            angle, of_all["m1"], of_all["m2"], of_all["m3"], margins.get("sample_m2"), margins.get("sample_m3")
+        )
+        return threshold
+
+    def _partials(self, rows: Tensor, labels: Tensor, arguments: dict[str, Any]) -> list[Partials]:
         """What this rank's classes find for all rows, block by block."""
-        op, arguments = torch.ops.torchmargin._linear_margin_partials, {**self.loss._margin(), **margins}
-        arguments.update(compute_dtype=compute_dtype, with_logit_sum=smoothed, with_plain_logit=with_statistics)
+        op, arguments = self._partials_of.op, {**self._partials_of.arguments(), **arguments}
+        shared = self.shared_bias
+        if shared is not None:
+            here = cast(DTensor, shared).to_local()
+            shared = torch.ops.torchmargin._shared_by_ranks(here, *self._group)
         if self._rows is not None and self.training:
             sample = self._drawn(self._rows, rows, labels)
-            bias = sample.bias
+            bias = shared if sample.bias is None else sample.bias
             if self.sampler is not None and self.sampler.correction:
                 raised = torch.where(sample.drawn_by_hash_alone, -math.log(self.sampler.rate), 0.0).to(rows.dtype)
                 bias = raised if bias is None else bias + raised
             place = torch.searchsorted(sample.classes, labels)
             at = sample.classes[place.clamp(max=max(len(sample.classes) - 1, 0))] if len(sample.classes) else place
             present = (place < len(sample.classes)) & (at == labels) & (len(sample.classes) > 0)
-            results = op(rows, sample.weight, torch.where(present, place, -1), bias, calls=1, **arguments)
-            return [_Partials(*results[: len(_Partials._fields)])]
-        found = []
+            weight = blocks_of.as_rows(sample.weight)
+            found = Partials(*op(rows, weight, torch.where(present, place, -1), bias, calls=1, **arguments))
+            if found.hardest_class.numel() > 0 and len(sample.classes) > 0:
+                hardest = sample.classes[found.hardest_class.clamp(min=0)]
+                found = found._replace(hardest_class=torch.where(found.hardest_class < 0, -1, hardest))
+            return [found]
+        blocks = []
         biases: Sequence[Tensor | None] = [None] * len(self.weight) if self.bias is None else list(self.bias)
         # NB: to_local() one block at a time: nodes of all of them up front would run last, and hold all gradients.
         for block, bias_block, (first, _) in zip(self.weight, biases, self.class_ranges):
-            bias = None if bias_block is None else cast(DTensor, bias_block).to_local()
-            weight = cast(DTensor, block).to_local()
-            results = op(rows, weight, labels - first, bias, calls=len(self.weight), **arguments)
-            found.append(_Partials(*results[: len(_Partials._fields)]))
-        return found
+            bias = shared if bias_block is None else cast(DTensor, bias_block).to_local()
+            weight = blocks_of.as_rows(cast(DTensor, block).to_local())
+            found = Partials(*op(rows, weight, labels - first, bias, calls=len(self.weight), **arguments))
+            hardest = torch.where(found.hardest_class < 0, -1, found.hardest_class + first)
+            blocks.append(found._replace(hardest_class=hardest))
+        return blocks
 
     def _drawn(self, drawn_rows: DrawnRows, rows: Tensor, labels: Tensor) -> DrawnSample:
         """The classes of this forward; those that its own first run saw, if activation checkpointing runs it again."""
@@ -438,29 +463,36 @@ class ClassParallel(nn.Module):
         drawn_rows.step.add_(fresh.long())
         return sample
 
-    def _exchanged(self, found: list[_Partials], smoothed: bool, with_statistics: bool) -> _Partials:
+    def _exchanged(self, found: list[Partials], smoothed: bool, with_statistics: bool) -> Partials:
         """What every rank found for this rank's rows, [R, n] each."""
-        here = self._merged(found[0] if len(found) == 1 else _Partials(*map(torch.stack, zip(*found))), None)
-        differentiable = [here.other_lse, here.target_logit] + ([here.logit_sum] if smoothed else [])
-        others = list(here[3:]) if with_statistics else []
-        sent = [each.double() for each in differentiable + others]
+        here = found[0] if len(found) == 1 else self._partials_of.merge(stacked(found))
+        differentiable = [here.others, here.target_logit] + ([here.logit_sum] if smoothed else [])
+        differentiable += here.hardest_logit.unbind(1)
+        plain = list(here[3:6]) if with_statistics else []
+        plain += here.hardest_class.unbind(1)
+        sent = [each.double() for each in differentiable + plain]
         received = torch.ops.torchmargin._exchange_partials(sent, len(differentiable), *self._group)
-        nothing = received[0].new_zeros(())
-        smooth = [received[2]] if smoothed else [nothing]
-        angles = received[-3:] if with_statistics else [nothing] * 3
-        return _Partials(received[0], received[1], *smooth, *angles)
-
-    def _merged(self, shards: _Partials, rows: int | None) -> _Partials:
-        """Of shards [S, B] one [B], of which the first `rows`; a single shard is [B] already."""
-        if shards.other_lse.dim() == 1:
-            return shards
-        merged = _Partials(
-            torch.ops.torchmargin._merge_lse(shards.other_lse),
-            *(each.sum(0) if each.dim() else each for each in shards[1:4]),
-            *(each.amax(0) if each.dim() else each for each in shards[4:5]),
-            *(each.sum(0) if each.dim() else each for each in shards[5:]),
+        parts = iter(received)
+        others, target_logit = next(parts), next(parts)
+        nothing, most = torch.zeros_like(target_logit), here.hardest_logit.shape[1]
+        logit_sum = next(parts) if smoothed else nothing
+        hardest_logit = [next(parts) for _ in range(most)]
+        angle, largest, plain_logit = (next(parts) if with_statistics else nothing for _ in range(3))
+        none = nothing.new_zeros(*nothing.shape, 0)
+        return Partials(
+            others,
+            target_logit,
+            logit_sum,
+            angle,
+            largest,
+            plain_logit,
+            torch.stack(hardest_logit, 2) if most else none,
+            torch.stack(list(parts), 2).long() if most else none.long(),
         )
-        return merged if rows is None else _Partials(*(each[:rows] if each.dim() else each for each in merged))
+
+    def _merged(self, shards: Partials, rows: int) -> Partials:
+        """Of shards [R, n] the first `rows` of one [n]."""
+        return Partials(*(each[:rows] for each in self._partials_of.merge(shards)))
 
     def _scaled(self, penalty: Tensor) -> Tensor:
         """Its gradient by `input_grad_scale`, as all that reach the embeddings: it alone does not pass _gather_rows."""
@@ -518,18 +550,10 @@ class ClassParallel(nn.Module):
         return result
 
     def _block_logits(self, rows: Tensor, k: int, compute_dtype: torch.dtype | None) -> Tensor:
-        bias = None if self.bias is None else _local(self.bias[k])
-        logits: Tensor = torch.ops.torchmargin.margin_logits(
-            rows,
-            _local(self.weight[k]),
-            None,
-            bias,
-            scale=self.loss.scale,
-            normalize_input=self.loss.normalize_input,
-            normalize_weight=self.loss.normalize_weight,
-            compute_dtype=compute_dtype,
+        bias = self.shared_bias if self.bias is None else self.bias[k]
+        return self.loss._logits_among(
+            rows, blocks_of.as_rows(_local(self.weight[k])), None if bias is None else _local(bias), compute_dtype
         )
-        return logits
 
     def _local_logits(self, rows: Tensor, compute_dtype: torch.dtype | None) -> list[Tensor]:
         """[R n, chunk] for each block, padded to what the rank with the most classes has."""
@@ -600,6 +624,7 @@ def _description_of(loss: MarginLoss) -> dict[str, Any]:
         "loss": type(loss).__name__,
         "in_features": loss.in_features,
         "num_classes": loss.num_classes,
+        "sub_centers": loss.sub_centers,
         "dtype": str(loss.weight.dtype),
         "meta": loss.weight.is_meta,
         "bias": loss.bias is not None,
@@ -632,6 +657,11 @@ def _check_arguments(
         )
     if sampler is not None and loss.label_smoothing > 0:
         raise ValueError("expected no label_smoothing with a sampler: it is a mean over all classes")
+    if sampler is not None and sampler.correction and not partials_of(loss).takes_correction:
+        raise ValueError(
+            f"expected a sampler without correction: it is added to the logits of a softmax, and {type(loss).__name__} "
+            f"has none, or ranks its hardest classes by products alone"
+        )
 
 
 @functools.cache
@@ -655,25 +685,11 @@ def _check_loss(loss: MarginLoss) -> None:
             f"expected a loss with MarginLoss's forward, but {type(loss).__name__} has its own, which knows nothing of "
             f"ranks; a loss says what it adds in sample_margins, advance and row_penalty"
         )
-    _check_negatives(loss)
     if "weight" not in loss._parameters:
         raise ValueError("expected a loss with its own weights, but they are in a ClassParallel already")
     others = [name for name, _ in loss.named_parameters() if name not in ("weight", "bias")]
     if others:
         raise TypeError(f"expected a loss without parameters beside weight and bias, but got {', '.join(others)}")
-
-
-def _check_negatives(loss: MarginLoss) -> None:
-    """What changes the logits of other classes needs the angle of a row's own class, which another rank may hold."""
-    name = type(loss).__name__
-    changed = type(loss).negatives is not MarginLoss.negatives or loss.interclass_filter is not None
-    if loss.sub_centers != 1 or changed or loss.reads_angle or type(loss)._op is not MarginLoss._op:
-        raise TypeError(
-            f"expected a loss whose other classes have one center and plain logits, but {name} has not; such losses do "
-            f"not go over ranks yet"
-        )
-    if loss._margin().get("hardest", 0):
-        raise TypeError(f"expected a loss without a margin for its hardest classes, but {name} has one")
 
 
 def _text_of(sampler: Sampler | None) -> str:
@@ -702,51 +718,3 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 def _local(block: Tensor) -> Tensor:
     """The rank's own rows themselves: what is written to them is in the DTensor."""
     return cast(DTensor, block)._local_tensor
-
-
-def class_parallel_cross_entropy(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    class_starts: Sequence[int],
-    target: Tensor,
-    num_classes: int,
-    *,
-    group: dist.ProcessGroup | DeviceMesh,
-    biases: Sequence[Tensor] | None = None,
-    compute_dtype: torch.dtype | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    max_rows: int | None = None,
-    input_grad_scale: float = 1.0,
-    **margin: Unpack[LinearMargin],
-) -> Tensor:
-    """The cross-entropy of the rows of all ranks among the classes of all ranks.
-
-    input [B, D] and target [B] (classes in [0, num_classes), or ``ignore_index``) are this rank's rows; ``weights``
-    its blocks of classes, [c, D] each, c may be 0; ``class_starts`` the first class of each block. Every class is held
-    by one rank. Plain tensors; ``margin`` as :func:`torchmargin.functional.linear_margin_cross_entropy` has it, with
-    sample_* of this rank's rows. Returns the same scalar on all ranks, or this rank's losses [B] with reduction "none".
-    See :class:`ClassParallel`, which it is the function of, for ``max_rows``, errors and the order of calls;
-    ``input_grad_scale`` is 1 here: gradients of the embeddings as one process has them.
-    """
-    if isinstance(group, DeviceMesh):
-        group = group.get_group()
-    loss: Tensor = torch.ops.torchmargin.class_parallel_cross_entropy(
-        input,
-        list(weights),
-        list(class_starts),
-        target,
-        num_classes,
-        group.group_name,
-        group.size(),
-        None if biases is None else list(biases),
-        compute_dtype=compute_dtype,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        max_rows=max_rows,
-        input_grad_scale=input_grad_scale,
-        **margin,
-    )
-    return loss

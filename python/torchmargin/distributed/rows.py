@@ -266,8 +266,9 @@ def step_in_backward(head: nn.Module, optimizer: Optimizer) -> list[StepHandle]:
     """Makes the optimizer step on each block of the head's weights as soon as the backward pass has its gradient.
 
     The gradient is freed then, so that there is one block's at a time. ``optimizer`` holds the blocks of the head
-    (``head.weight`` and ``head.bias``) and nothing else; it need not be stepped nor zeroed. Not with a GradScaler,
-    accumulation or clipping, which need all gradients first. Returns handles: ``remove()`` on each takes it back.
+    (``head.weight``, ``head.bias`` and ``head.shared_bias``) and nothing else; it need not be stepped nor zeroed. Not
+    with a GradScaler, accumulation or clipping, which need all gradients first. Returns handles: ``remove()`` on each
+    takes it back.
     """
     if isinstance(getattr(head, "_rows", None), DrawnRows):
         raise ValueError("expected a head without a sampler: the gradient of drawn rows is small; attach_row_optimizer")
@@ -276,6 +277,9 @@ def step_in_backward(head: nn.Module, optimizer: Optimizer) -> list[StepHandle]:
     blocks: dict[Tensor, str] = {}
     for name in ("weight", "bias"):
         blocks.update({block: f"{name}.{k}" for k, block in enumerate(cast(Any, getattr(head, name, None)) or ())})
+    shared = getattr(head, "shared_bias", None)
+    if shared is not None:
+        blocks[shared] = "shared_bias"
     frozen = [name for block, name in blocks.items() if not block.requires_grad]
     if frozen:
         raise ValueError(f"expected blocks that require grad, but {', '.join(frozen)} do not")

@@ -206,7 +206,7 @@ class MarginLoss(nn.Module):
         """Xavier-uniform weights, as ArcFace's and SphereFace's code has them; the bias 0; state as at the start."""
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
-            nn.init.zeros_(self.bias)
+            nn.init.constant_(self.bias, self._first_bias())
         self.reset_state()
 
     @property
@@ -293,18 +293,7 @@ class MarginLoss(nn.Module):
     def logits(self, embeddings: Tensor) -> Tensor:
         """The logits [B, C] without a margin, for inference: their argmax is the predicted class."""
         self._check_holds_weights()
-        logits: Tensor = torch.ops.torchmargin.margin_logits(
-            self._widened(embeddings),
-            self.weight,
-            None,
-            self.bias,
-            scale=self._numbers["scale"],
-            normalize_input=self.normalize_input,
-            normalize_weight=self.normalize_weight,
-            sub_centers=self.sub_centers,
-            compute_dtype=self._compute_dtype(embeddings),
-        )
-        return logits
+        return self._logits_among(self._widened(embeddings), self.weight, self.bias, self._compute_dtype(embeddings))
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}, num_classes={self.num_classes}", self.describe_margin()]
@@ -373,6 +362,23 @@ class MarginLoss(nn.Module):
             "normalize_weight": self.normalize_weight,
             "sub_centers": self.sub_centers,
         }
+
+    def _logits_among(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype | None
+    ) -> Tensor:
+        """The logits without a margin of rows in the weights' dtype, among the classes of these weights."""
+        logits: Tensor = torch.ops.torchmargin.margin_logits(
+            rows,
+            weight,
+            None,
+            bias,
+            scale=self._numbers["scale"],
+            normalize_input=self.normalize_input,
+            normalize_weight=self.normalize_weight,
+            sub_centers=self.sub_centers,
+            compute_dtype=compute_dtype,
+        )
+        return logits
 
     def _op(self, return_statistics: bool) -> Any:
         ops = torch.ops.torchmargin
@@ -495,6 +501,10 @@ class MarginLoss(nn.Module):
         self.bias = None
         self._hold_no_weights(self.num_classes, like=weight)
         return weight, bias
+
+    def _first_bias(self) -> float:
+        """Where a bias starts."""
+        return 0.0
 
     def _hold_no_weights(self, num_classes: int, like: Tensor | None = None) -> None:
         """What stands for the weights has their shape, dtype and device, and no memory."""

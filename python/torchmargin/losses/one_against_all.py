@@ -16,7 +16,7 @@ from torchmargin.options import BinaryKind
 __all__ = ["SphereFace2Loss", "UniFaceLoss"]
 
 
-class _OneAgainstAll(MarginLoss):
+class OneAgainstAll(MarginLoss):
     """What calls linear_margin_binary_cross_entropy; its one bias is a parameter, 0-dim."""
 
     margin = Number(check_not_negative)
@@ -28,30 +28,23 @@ class _OneAgainstAll(MarginLoss):
         bias = torch.full((), self._first_bias(), device=self.weight.device, dtype=self.weight.dtype)
         self.bias = nn.Parameter(bias)
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.bias is not None:
-            nn.init.constant_(self.bias, self._first_bias())
-
-    def _first_bias(self) -> float:
-        return 0.0
-
     def _form(self) -> dict[str, Any]:
         raise NotImplementedError
 
     @stays_in_python
     def logits(self, embeddings: Tensor) -> Tensor:
         """scale g(c) + bias [B, C] without a margin: what each class's own logistic loss reads."""
-        self._check_holds_weights()
+        return super().logits(embeddings)
+
+    def _logits_among(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype | None
+    ) -> Tensor:
         cosines: Tensor = torch.ops.torchmargin.margin_logits(
-            self._widened(embeddings),
-            self.weight,
-            sub_centers=self.sub_centers,
-            compute_dtype=self._compute_dtype(embeddings),
+            rows, weight, sub_centers=self.sub_centers, compute_dtype=compute_dtype
         )
         power = self._form().get("power", 1.0)
         curve = cosines if power == 1 else 2 * ((cosines + 1) / 2).clamp(min=0) ** power - 1
-        return self._numbers["scale"] * curve + (0 if self.bias is None else self.bias.to(curve.dtype))
+        return self._numbers["scale"] * curve + (0 if bias is None else bias.to(curve.dtype))
 
     def _op(self, return_statistics: bool) -> Any:
         ops = torch.ops.torchmargin
@@ -71,6 +64,7 @@ class _OneAgainstAll(MarginLoss):
         reduction = super()._reduction()
         if "margin" in self._numbers:
             del reduction["label_smoothing"]
+            reduction["require_target"] = True
         return reduction
 
     def _check_parameters(self) -> None:
@@ -89,7 +83,7 @@ class _OneAgainstAll(MarginLoss):
         self._op(False)(nothing, nothing.new_empty(self.sub_centers, 1), labels, **self._margin(), **self._reduction())
 
 
-class SphereFace2Loss(_OneAgainstAll):
+class SphereFace2Loss(OneAgainstAll):
     """SphereFace2: Wen et al., ICLR 2022 (arXiv:2108.01513).
 
     For each class a logistic loss of scale (g(cos(theta)) - margin) + b for the own class and scale (g(cos(theta_j)) +
@@ -142,7 +136,7 @@ class SphereFace2Loss(_OneAgainstAll):
         )
 
 
-class UniFaceLoss(_OneAgainstAll):
+class UniFaceLoss(OneAgainstAll):
     """UniFace's unified cross-entropy: Zhou et al., ICCV 2023.
 
     For each class a logistic loss of scale (cos(theta) - margin) + b for the own class and scale cos(theta_j) + b for

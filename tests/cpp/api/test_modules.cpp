@@ -187,6 +187,8 @@ TEST(Modules, Errors) {
   nn::ArcFaceLoss loss(6, 21);
   EXPECT_ERROR("expected weight to have shape [C, 5], but got [21, 6]", loss->forward(torch::randn({9, 5}), b.labels));
   EXPECT_THROW(loss->forward(b.embeddings, torch::full({9}, 21)), c10::IndexError);
+  nn::SphereFace2Loss one_against_all(6, 21);
+  EXPECT_THROW(one_against_all->forward(b.embeddings, torch::full({9}, 21)), c10::IndexError);
   std::stringstream printed;
   printed << *loss;
   EXPECT_NE(printed.str().find("ArcFaceLoss"), std::string::npos);
