@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,27 +24,42 @@ from torchmargin.losses import (
     CombinedMarginLoss,
     CommonOptions,
     CosFaceLoss,
+    InterTopKArcFaceLoss,
     LargeMarginSoftmaxLoss,
     NormalizedSoftmaxLoss,
+    SharedOptions,
+    SphereFace2Loss,
     SphereFaceLoss,
+    SubCenterArcFaceLoss,
 )
+from torchmargin.options import BinaryKind, Extension
 
 __all__ = [
     "from_insightface",
     "from_pytorch_metric_learning",
+    "from_wespeaker",
     "insightface_arcface",
     "insightface_combined",
     "insightface_cosface",
     "pml_arcface",
     "pml_cosface",
+    "pml_get_outliers",
     "pml_large_margin_softmax",
     "pml_normalized_softmax",
     "pml_sphereface",
+    "pml_subcenter_arcface",
+    "wespeaker_add_margin",
+    "wespeaker_arc_margin",
+    "wespeaker_arc_margin_intertopk_subcenter",
+    "wespeaker_sphere",
+    "wespeaker_sphereface2",
 ]
 
 
 def from_pytorch_metric_learning(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of one of its classification losses, whose `W` is [D, C], as ours: `weight` [C, D].
+
+    With sub-centers [D, C K] and [C K, D]; the centers of a class lie side by side in both.
 
     A prefix ("loss.W", as in a checkpoint of a larger module) is dropped. The values are copied.
     """
@@ -95,9 +110,18 @@ def _insightface_weight(shard: Tensor | Mapping[str, Any], rank: int) -> Tensor:
 
 
 def insightface_arcface(
-    in_features: int, num_classes: int, *, scale: float = 64.0, margin: float = 0.5, **common: Unpack[CommonOptions]
+    in_features: int,
+    num_classes: int,
+    *,
+    scale: float = 64.0,
+    margin: float = 0.5,
+    interclass_filtering_threshold: float = 0.0,
+    **common: Unpack[CommonOptions],
 ) -> ArcFaceLoss:
-    """InsightFace's ArcFace since 2022-12: cos(theta + margin) everywhere, with the gradient of cos(theta)."""
+    """InsightFace's ArcFace since 2022-12: cos(theta + margin) everywhere, with the gradient of cos(theta).
+
+    `interclass_filtering_threshold`: that of its CombinedMarginLoss, 0 filters nothing.
+    """
     return ArcFaceLoss(
         in_features,
         num_classes,
@@ -105,14 +129,21 @@ def insightface_arcface(
         margin=margin,
         extension="none",
         margin_gradient="straight_through",
-        **common,
+        **_filtered(interclass_filtering_threshold, common),
     )
 
 
 def insightface_cosface(
-    in_features: int, num_classes: int, *, scale: float = 64.0, margin: float = 0.4, **common: Unpack[CommonOptions]
+    in_features: int,
+    num_classes: int,
+    *,
+    scale: float = 64.0,
+    margin: float = 0.4,
+    interclass_filtering_threshold: float = 0.0,
+    **common: Unpack[CommonOptions],
 ) -> CosFaceLoss:
     """InsightFace's CosFace, whose margin is 0.4 by default."""
+    common = _filtered(interclass_filtering_threshold, common)
     return CosFaceLoss(in_features, num_classes, scale=scale, margin=margin, **common)
 
 
@@ -124,6 +155,7 @@ def insightface_combined(
     m1: float = 1.0,
     m2: float = 0.5,
     m3: float = 0.0,
+    interclass_filtering_threshold: float = 0.0,
     **common: Unpack[CommonOptions],
 ) -> CombinedMarginLoss:
     """InsightFace's CombinedMarginLoss since 2022-12 (its configurations' `margin_list` is (m1, m2, m3)).
@@ -155,8 +187,17 @@ def insightface_combined(
         m3=m3,
         extension="none",
         margin_gradient="straight_through",
-        **common,
+        **_filtered(interclass_filtering_threshold, common),
     )
+
+
+def _filtered(threshold: float, common: CommonOptions) -> CommonOptions:
+    """InsightFace's 0 is no filter, and so is what is below it."""
+    if threshold <= 0:
+        return common
+    if common.get("interclass_filter") is not None:
+        raise ValueError("expected interclass_filtering_threshold or interclass_filter, which are one, but got both")
+    return {**common, "interclass_filter": threshold}
 
 
 def pml_arcface(
@@ -194,3 +235,142 @@ def pml_normalized_softmax(
 ) -> NormalizedSoftmaxLoss:
     """pytorch-metric-learning's NormalizedSoftmaxLoss: the scale is 1 / temperature."""
     return NormalizedSoftmaxLoss(in_features, num_classes, scale=1.0 / temperature, **common)
+
+
+def pml_subcenter_arcface(
+    in_features: int,
+    num_classes: int,
+    *,
+    scale: float = 64.0,
+    margin: float = 28.6,
+    sub_centers: int = 3,
+    **common: Unpack[SharedOptions],
+) -> SubCenterArcFaceLoss:
+    """pytorch-metric-learning's SubCenterArcFaceLoss; `margin` is in degrees, as there."""
+    return SubCenterArcFaceLoss(
+        in_features, num_classes, scale=scale, margin=math.radians(margin), sub_centers=sub_centers, **common
+    )
+
+
+def pml_get_outliers(
+    loss: SubCenterArcFaceLoss, embeddings: Tensor, labels: Tensor, threshold: float = 75.0
+) -> tuple[Tensor, Tensor]:
+    """pytorch-metric-learning's SubCenterArcFaceLoss.get_outliers: which rows to drop, and the dominant centers.
+
+    The indices of the rows whose angle to the dominant center of their class, counted over these embeddings, is more
+    than `threshold` degrees, class by class; and the centers [D, C]. Of a class without rows it is the first one.
+    """
+    centers = loss.dominant_centers(loss.center_counts(embeddings, labels))
+    far = (loss.angle_to_centers(embeddings, labels, centers) > math.radians(threshold)).nonzero().squeeze(1)
+    outliers = far[labels[far].argsort(stable=True)]
+    weight = loss.weight.detach().unflatten(0, (loss.num_classes, loss.sub_centers))
+    return outliers, weight[torch.arange(loss.num_classes, device=weight.device), centers].T
+
+
+# ---- wespeaker: the `project_type` of its configurations -----------------------------------------------------------
+
+
+def from_wespeaker(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of one of its projections, or of a model that has one ("projection.weight"), as ours.
+
+    `weight` [C, D] or [C K, D]; SphereFace2's `bias` [1, 1] becomes 0-dim. The values are copied.
+    """
+    found: dict[str, Tensor] = {}
+    for name in ("weight", "bias"):
+        for key in (f"projection.{name}", name):
+            if key in state_dict and name not in found:
+                found[name] = state_dict[key].detach().clone()
+    if "weight" not in found:
+        raise ValueError(
+            f"expected a state_dict of a wespeaker projection, with 'projection.weight' or 'weight', but got the keys "
+            f"{sorted(state_dict)}"
+        )
+    if found["weight"].dim() != 2:
+        raise ValueError(f"expected the weight to have shape [C, D], but got {list(found['weight'].shape)}")
+    if "bias" in found:
+        if found["bias"].numel() != 1:
+            raise ValueError(f"expected SphereFace2's bias, one number, but got shape {list(found['bias'].shape)}")
+        found["bias"] = found["bias"].reshape(())
+    return found
+
+
+def wespeaker_add_margin(
+    in_features: int, num_classes: int, *, scale: float = 32.0, margin: float = 0.2, **common: Unpack[CommonOptions]
+) -> CosFaceLoss:
+    """wespeaker's AddMarginProduct."""
+    return CosFaceLoss(in_features, num_classes, scale=scale, margin=margin, **common)
+
+
+def wespeaker_arc_margin(
+    in_features: int,
+    num_classes: int,
+    *,
+    scale: float = 32.0,
+    margin: float = 0.2,
+    easy_margin: bool = False,
+    **common: Unpack[CommonOptions],
+) -> ArcFaceLoss:
+    """wespeaker's ArcMarginProduct. Its ``update(margin)`` is ``loss.margin = margin`` here."""
+    extension: Extension = "easy" if easy_margin else "continuous"
+    return ArcFaceLoss(in_features, num_classes, scale=scale, margin=margin, extension=extension, **common)
+
+
+def wespeaker_arc_margin_intertopk_subcenter(
+    in_features: int,
+    num_classes: int,
+    *,
+    scale: float = 32.0,
+    margin: float = 0.2,
+    easy_margin: bool = False,
+    K: int = 3,
+    mp: float = 0.06,
+    k_top: int = 5,
+    do_lm: bool = False,
+    **common: Unpack[SharedOptions],
+) -> InterTopKArcFaceLoss:
+    """wespeaker's ArcMarginProduct_intertopk_subcenter, after its ``update(margin)``.
+
+    The margin of the hardest grows with the margin there, to mp margin / 0.2. So on a schedule
+    ``loss.margin, loss.hardest_margin = margin, mp * margin / 0.2`` here. A hard class nearer than its margin has the
+    logit scale here (the angle stays at 0) and one that falls again there.
+    """
+    loss = InterTopKArcFaceLoss(
+        in_features,
+        num_classes,
+        scale=scale,
+        margin=margin,
+        sub_centers=K,
+        hardest=0 if do_lm else k_top,
+        hardest_margin=0.0 if do_lm or margin <= 0.001 else mp * margin / 0.2,
+        **common,
+    )
+    if easy_margin:
+        loss.extension = "easy"
+    return loss
+
+
+def wespeaker_sphere(
+    in_features: int, num_classes: int, *, margin: float = 4.0, **common: Unpack[CommonOptions]
+) -> SphereFaceLoss:
+    """wespeaker's SphereProduct, with its annealing of the margin; its constructor's own margin is 2."""
+    return SphereFaceLoss(in_features, num_classes, margin=margin, **common)
+
+
+def wespeaker_sphereface2(
+    in_features: int,
+    num_classes: int,
+    *,
+    scale: float = 32.0,
+    margin: float = 0.2,
+    t: float = 3.0,
+    lanbuda: float = 0.7,
+    margin_type: Literal["C", "A"] = "C",
+    **common: Unpack[CommonOptions],
+) -> SphereFace2Loss:
+    """wespeaker's SphereFace2; any `margin_type` but "A" is "C" there, and an error here."""
+    if margin_type not in ("A", "C"):
+        raise ValueError(f"wespeaker_sphereface2: expected margin_type to be 'C' or 'A', but got {margin_type!r}")
+    kind: BinaryKind = "a" if margin_type == "A" else "c"
+    return SphereFace2Loss(
+        in_features, num_classes, scale=scale, kind=kind, margin=margin, t=t, positive_weight=lanbuda, **common
+    )

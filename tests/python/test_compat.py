@@ -33,6 +33,16 @@ PML = {
     ),
     "large margin softmax": (compat.pml_large_margin_softmax, lambda: pml.LargeMarginSoftmaxLoss(CLASSES, FEATURES)),
     "normalized softmax": (compat.pml_normalized_softmax, lambda: pml.NormalizedSoftmaxLoss(CLASSES, FEATURES)),
+    "sub-centers": (
+        compat.pml_subcenter_arcface,
+        lambda: pml.SubCenterArcFaceLoss(num_classes=CLASSES, embedding_size=FEATURES),
+    ),
+    "two sub-centers, 20 degrees": (
+        lambda d, c: compat.pml_subcenter_arcface(d, c, margin=20.0, scale=30.0, sub_centers=2),
+        lambda: pml.SubCenterArcFaceLoss(
+            num_classes=CLASSES, embedding_size=FEATURES, margin=20.0, scale=30.0, sub_centers=2
+        ),
+    ),
 }
 
 
@@ -61,7 +71,22 @@ def test_pytorch_metric_learning(name):
     loss = ours(x, y)
     expected, bounds = monte_carlo(their_results)
     for got, true, bound in zip((loss, *gradients(loss, x, ours.weight), ours.logits(x)), expected, bounds):
-        assert_within(got, true, 2 * bound)
+        # What a softmax weight of 1e-22 adds is dropped here: csrc/math/logit.h.
+        assert_within(got, true, 2 * bound + math.exp(-50) * true.abs().max())
+
+
+@pytest.mark.parametrize("threshold", [75, 40])
+def test_outliers_of_pytorch_metric_learning(threshold):
+    theirs = pml.SubCenterArcFaceLoss(num_classes=CLASSES, embedding_size=FEATURES).double()
+    ours = compat.pml_subcenter_arcface(FEATURES, CLASSES).double()
+    ours.load_state_dict(compat.from_pytorch_metric_learning(theirs.state_dict()), strict=False)
+    x, y = torch.randn(400, FEATURES, dtype=torch.float64), torch.randint(0, CLASSES - 1, (400,))
+    outliers, centers = theirs.get_outliers(x, y, threshold=threshold)
+    got_outliers, got_centers = compat.pml_get_outliers(ours, x, y, threshold=threshold)
+    assert 0 < len(outliers) < 400 and torch.equal(got_outliers, outliers)
+    # Of the last class, which has no rows, theirs is whatever was in memory.
+    assert torch.equal(got_centers[:, :-1], centers[:, :-1])
+    assert torch.equal(got_centers[:, -1], ours.weight[3 * (CLASSES - 1)])
 
 
 def _insightface(x, weight, y, scale, m1, m2, m3, least=1e-30):

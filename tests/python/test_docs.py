@@ -78,6 +78,7 @@ def _migrating(folder):
     for rank, classes in enumerate((13, 7)):
         shard = {"state_dict_softmax_fc": {"weight": torch.randn(classes, 512)}}
         torch.save(shard, folder / f"work_dir/checkpoint_gpu_{rank}.pt")
+    torch.save({"projection.weight": torch.randn(60, 256)}, folder / "model_149.pt")
     return {
         "their_loss": losses.ArcFaceLoss(10575, 512),
         "world_size": 2,

@@ -2,7 +2,7 @@
 
 from torchmargin.losses.adaptive import AdaFaceLoss, ElasticFaceLoss, MagFaceLoss
 from torchmargin.losses.arcface import ArcFaceLoss
-from torchmargin.losses.base import CommonOptions, MarginLoss, MarginStatistics
+from torchmargin.losses.base import CommonOptions, MarginLoss, MarginStatistics, SharedOptions
 from torchmargin.losses.combined import CombinedMarginLoss
 from torchmargin.losses.cosface import CosFaceLoss
 from torchmargin.losses.hard_negatives import CurricularFaceLoss, InterTopKArcFaceLoss, MVSoftmaxLoss
@@ -28,6 +28,7 @@ __all__ = [
     "MarginStatistics",
     "ModifiedSoftmaxLoss",
     "NormalizedSoftmaxLoss",
+    "SharedOptions",
     "SoftmaxLoss",
     "SphereFace2Loss",
     "SphereFaceLoss",
