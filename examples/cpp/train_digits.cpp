@@ -72,7 +72,23 @@ torch::nn::AnyModule make_loss(const std::string& name) {
              nn::MagFaceLossOptions(d, c).scale(16).a_min(1).a_max(20).m_min(0.1).m_max(0.3).regularizer(1)));
        }},
       {"elasticface",
-       [=] { return AnyModule(nn::ElasticFaceLoss(nn::ElasticFaceLossOptions(d, c).scale(16).margin(0.3))); }}};
+       [=] { return AnyModule(nn::ElasticFaceLoss(nn::ElasticFaceLossOptions(d, c).scale(16).margin(0.3))); }},
+      {"sub-center",
+       [=] {
+         return AnyModule(
+             nn::SubCenterArcFaceLoss(nn::SubCenterArcFaceLossOptions(d, c).scale(16).margin(0.3).sub_centers(2)));
+       }},
+      {"curricularface",
+       [=] { return AnyModule(nn::CurricularFaceLoss(nn::CurricularFaceLossOptions(d, c).scale(16).margin(0.3))); }},
+      {"mv-softmax",
+       [=] { return AnyModule(nn::MVSoftmaxLoss(nn::MVSoftmaxLossOptions(d, c).scale(16).margin(0.2))); }},
+      {"inter-top-k",
+       [=] {
+         return AnyModule(
+             nn::InterTopKArcFaceLoss(nn::InterTopKArcFaceLossOptions(d, c).scale(16).margin(0.3).hardest(2)));
+       }},
+      {"sphereface2", [=] { return AnyModule(nn::SphereFace2Loss(nn::SphereFace2LossOptions(d, c))); }},
+      {"uniface", [=] { return AnyModule(nn::UniFaceLoss(nn::UniFaceLossOptions(d, c).scale(16).margin(0.2))); }}};
   const auto found = losses.find(name);
   if (found == losses.end()) {
     std::string names;

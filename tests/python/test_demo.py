@@ -35,7 +35,7 @@ def test_a_folder_of_images(folder, tmp_path):
     table = (tmp_path / "table.txt").read_text()
     assert table in ran.stdout and "ArcFace" in table and "trained on 4 classes" in table
     page = (tmp_path / "index.html").read_text()
-    assert page.count("data:image/png;base64") == 5 and "120 images of 6 classes" in page
+    assert page.count("data:image/png;base64") == 6 and "120 images of 6 classes" in page
     assert "http" not in page  # self-contained
 
 

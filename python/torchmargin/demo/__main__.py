@@ -17,7 +17,7 @@ import torch
 
 import torchmargin
 from torchmargin.demo.compare import compare, sentences, text_table
-from torchmargin.demo.curves import draw_boundaries, draw_margins
+from torchmargin.demo.curves import draw_boundaries, draw_margins, draw_negatives
 from torchmargin.demo.data import Images, load_digits, load_folder
 from torchmargin.demo.figures import Embedding, draw_asoftmax, draw_planes, draw_spheres
 from torchmargin.demo.report import Picture, write_report
@@ -38,7 +38,7 @@ def draw_pictures(images: Images, losses: list[str], trainer: Trainer, epochs: i
         points = embed(network, held_out)
         return Embedding(
             title, loss.describe_margin(), accuracy(loss, points, held_out.labels), points, held_out.labels,
-            loss.weight.detach(),
+            loss.weight.detach().unflatten(0, (-1, loss.sub_centers)),
         )  # fmt: skip
 
     planes, spheres = ([learn(TITLES[name], features, LOSSES[name]) for name in losses] for features in (2, 3))
@@ -75,6 +75,14 @@ def draw_pictures(images: Images, losses: list[str], trainer: Trainer, epochs: i
             "The target's logit against its angle",
             draw_margins(out / "margins.png"),
             "ψ(θ) as the fused op computes it. Right: what an angular margin may do where θ + m exceeds π.",
+        ),
+        Picture(
+            "Another class's logit against its angle",
+            draw_negatives(out / "negatives.png"),
+            "What losses make of the other classes. Left: CurricularFace and MV-Softmax change a class that is nearer "
+            "than the own class with its margin (dotted), where the logit jumps; at the start of training "
+            "CurricularFace makes hard classes count less, later more. Inter-top-k does it to the hardest few, at any "
+            "angle. Right: SphereFace2 and UniFace compare no classes; each has a logistic loss of its own.",
         ),
     ]
 

@@ -14,10 +14,17 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from torchmargin.demo.figures import plt, save
-from torchmargin.functional import linear_margin_lse
-from torchmargin.options import Extension, LinearMargin
+from torchmargin.functional import linear_margin_binary_cross_entropy, linear_margin_lse, margin_logits
+from torchmargin.options import BinaryKind, Extension, LinearHead, LinearMargin
 
-__all__ = ["draw_boundaries", "draw_margins", "target_curve"]
+__all__ = [
+    "draw_boundaries",
+    "draw_margins",
+    "draw_negatives",
+    "negative_curve",
+    "one_against_all_curve",
+    "target_curve",
+]
 
 HALF_PI = math.pi / 2
 
@@ -30,7 +37,7 @@ def target_curve(theta: Tensor, **margin: Unpack[LinearMargin]) -> Tensor:
     return linear_margin_lse(x, weight, target, **margin).target_logit
 
 
-# Figure (e): the margins of the losses, and the five extensions of one margin.
+# Figure (e): the margins of the losses, and the six extensions of one margin.
 MARGINS: dict[str, LinearMargin] = {
     "softmax: cos θ": {},
     "SphereFace m = 2": {"m1": 2.0, "extension": "monotonic"},
@@ -42,6 +49,7 @@ MARGINS: dict[str, LinearMargin] = {
 EXTENSIONS: dict[Extension, str] = {
     "none": "cos(θ + m): rises again past π − m",
     "linear": "then cos θ − m sin m, with a jump",
+    "continuous": "then cos θ − (1 − cos m), no jump",
     "easy": "no margin past π/2, with a jump",
     "clip": "stays at −1",
     "monotonic": "goes on falling, no jump",
@@ -62,19 +70,83 @@ def draw_margins(path: Path) -> Path:
     for name, margin in MARGINS.items():
         left.plot(degrees, _with_gaps(target_curve(theta, **margin).numpy()), label=name, linewidth=1.8)
     left.set_title("The margins: target's logit at scale 1")
-    for (extension, words), style in zip(EXTENSIONS.items(), ("-", "--", "-.", ":", (0, (6, 2, 1, 2)))):
+    for (extension, words), style in zip(EXTENSIONS.items(), ("-", "--", (0, (1, 1)), "-.", ":", (0, (6, 2, 1, 2)))):
         curve = target_curve(theta, m2=0.5, extension=extension).numpy()
         right.plot(degrees, _with_gaps(curve), linestyle=style, linewidth=2.2, label=f'"{extension}": {words}')
     right.plot(degrees, theta.cos().numpy(), color="0.75", linewidth=1, label="cos θ")
     right.axvline(180 - math.degrees(0.5), color="0.6", linewidth=0.8, linestyle=":")
     right.annotate("θ + m = π", (180 - math.degrees(0.5), 0.9), fontsize=9, ha="right", color="0.4")
-    right.set_title("The five extensions of an angular margin, m = 0.5")
+    right.set_title("The six extensions of an angular margin, m = 0.5")
     for axes in (left, right):
         axes.set_xlabel("angle θ between embedding and its class's weight, degrees")
         axes.set_ylabel("ψ(θ)")
         axes.set_xticks(range(0, 181, 30))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9, loc="lower left")
+    return save(figure, path)
+
+
+def negative_curve(theta: Tensor, own: float, **head: Unpack[LinearHead]) -> Tensor:
+    """The logits of other classes at angles `theta` [N] to an embedding whose own class is at the angle `own`."""
+    angles = torch.cat([torch.tensor([own], dtype=torch.float64), theta.double()])
+    weight = torch.stack([angles.cos(), angles.sin()], dim=1)
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    return margin_logits(x, weight, torch.zeros(1, dtype=torch.int64), **head)[0, 1:]
+
+
+def one_against_all_curve(theta: Tensor, scale: float, margin: float, kind: BinaryKind, power: float) -> Tensor:
+    """The loss of another class at each of the angles `theta` [N], one against all."""
+    x = torch.stack([theta.cos(), theta.sin()], dim=1).double()
+    weight = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    nobody = torch.full((len(theta),), -1)  # its own class is not among these
+    return linear_margin_binary_cross_entropy(
+        x, weight, nobody, scale=scale, margin=margin, kind=kind, power=power, reduction="none"
+    )
+
+
+# What losses do to the logit of another class; the embedding's own class is OWN away, its margin is 0.5.
+OWN = math.radians(45)
+
+
+def _numbers(*of_c: float) -> Tensor:
+    return torch.tensor(of_c, dtype=torch.float64)
+
+
+NEGATIVES: dict[str, LinearHead] = {
+    "CurricularFace, t = 0 (the start): c²": {"m2": 0.5, "hard_coefficients": _numbers(1, 0, 0)},
+    "CurricularFace, t = 0.5: c (t + c)": {"m2": 0.5, "hard_coefficients": _numbers(1, 0.5, 0)},
+    "MV-Softmax, t = 0.2: (1 + t) c + t": {"m2": 0.5, "hard_coefficients": _numbers(0, 1.2, 0.2)},
+    "inter-class filter, 0.4: 0": {"hard_threshold": _numbers(0.4)[0], "hard_coefficients": _numbers(0, 0, 0)},
+    "inter-top-k, m' = 0.2: cos(θ − m')": {"hardest": 100_000, "hardest_margin": 0.2},
+}
+ONE_AGAINST_ALL: dict[str, tuple[float, BinaryKind, float]] = {
+    'SphereFace2, "c": m = 0.2, t = 3': (0.2, "c", 3.0),
+    'SphereFace2, "a": m = 0.2, t = 3': (0.2, "a", 3.0),
+    "SphereFace2 without its curve: t = 1": (0.2, "c", 1.0),
+    "UniFace: no margin for other classes": (0.4, "m", 1.0),
+}
+
+
+def draw_negatives(path: Path) -> Path:
+    theta = torch.linspace(0, math.pi, 1001, dtype=torch.float64)
+    degrees = torch.rad2deg(theta).numpy()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6.2), layout="constrained")
+    left.plot(degrees, theta.cos().numpy(), color="0.5", linewidth=1.2, label="as it is: c = cos θ")
+    for name, head in NEGATIVES.items():
+        left.plot(degrees, _with_gaps(negative_curve(theta, OWN, **head).numpy()), label=name, linewidth=1.8)
+    threshold = math.degrees(OWN + 0.5)
+    left.axvline(threshold, color="0.6", linewidth=0.8, linestyle=":")
+    left.annotate("the own class with its margin ", (threshold, -0.95), fontsize=9, ha="right", color="0.4")
+    left.set_title("Another class's logit at scale 1; the own class is 45° away, m = 0.5")
+    for name, (margin, kind, power) in ONE_AGAINST_ALL.items():
+        right.plot(degrees, one_against_all_curve(theta, 32.0, margin, kind, power).numpy(), label=name, linewidth=1.8)
+    right.set_title("One against all: another class's loss at scale 32, b = 0")
+    for axes, quantity in ((left, "logit"), (right, "loss")):
+        axes.set_xlabel("angle θ between embedding and the other class's weight, degrees")
+        axes.set_ylabel(quantity)
+        axes.set_xticks(range(0, 181, 30))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9, loc="upper right")
     return save(figure, path)
 
 

@@ -29,7 +29,7 @@ class Embedding(NamedTuple):
     accuracy: float
     points: Tensor  # [N, 2 or 3]
     labels: Tensor  # [N]
-    weights: Tensor  # [C, 2 or 3]
+    weights: Tensor  # [C, K, 2 or 3]: the centers of each class
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -61,15 +61,16 @@ def _heading(axes: Axes, embedding: Embedding, **place: Any) -> None:
 
 def _plane(axes: Axes, embedding: Embedding, names: list[str]) -> None:
     reach = torch.quantile(embedding.points.norm(dim=1), 0.99).item()
-    for index, weight in enumerate(torch.nn.functional.normalize(embedding.weights, dim=1).tolist()):
+    for index, weights in enumerate(torch.nn.functional.normalize(embedding.weights, dim=2).tolist()):
         points = embedding.points[embedding.labels == index]
         colour = COLOURS[index]
         axes.scatter(points[:, 0], points[:, 1], s=5, color=colour, alpha=0.5, linewidths=0)
-        axes.plot([0, 1.08 * reach * weight[0]], [0, 1.08 * reach * weight[1]], color=colour, linewidth=1)
-        axes.annotate(
-            names[index], (1.2 * reach * weight[0], 1.2 * reach * weight[1]),
-            color=colour, fontsize=12, fontweight="bold", ha="center", va="center",
-        )  # fmt: skip
+        for weight in weights:
+            axes.plot([0, 1.08 * reach * weight[0]], [0, 1.08 * reach * weight[1]], color=colour, linewidth=1)
+            axes.annotate(
+                names[index], (1.2 * reach * weight[0], 1.2 * reach * weight[1]),
+                color=colour, fontsize=12, fontweight="bold", ha="center", va="center",
+            )  # fmt: skip
     limits = (-1.35 * reach, 1.35 * reach)
     axes.set(xlim=limits, ylim=limits, aspect="equal")
     axes.tick_params(labelsize=8)
@@ -99,11 +100,12 @@ def draw_spheres(embeddings: list[Embedding], names: list[str], path: Path) -> P
     for axes, embedding in zip(panels, embeddings):
         axes.plot_wireframe(*sphere, rstride=4, cstride=5, color="0.88", linewidth=0.5, zorder=0)
         points = torch.nn.functional.normalize(embedding.points, dim=1)
-        for index, weight in enumerate(torch.nn.functional.normalize(embedding.weights, dim=1).tolist()):
+        for index, weights in enumerate(torch.nn.functional.normalize(embedding.weights, dim=2).tolist()):
             x, y, z = points[embedding.labels == index].T.tolist()
             axes.scatter(x, y, z, s=6, color=COLOURS[index], alpha=0.8, linewidths=0, depthshade=False)
-            axes.plot(*([0, 1.1 * part] for part in weight), color=COLOURS[index], linewidth=1.2)
-            axes.text(*(1.25 * part for part in weight), names[index], color=COLOURS[index], fontweight="bold")
+            for weight in weights:
+                axes.plot(*([0, 1.1 * part] for part in weight), color=COLOURS[index], linewidth=1.2)
+                axes.text(*(1.25 * part for part in weight), names[index], color=COLOURS[index], fontweight="bold")
         axes.set_box_aspect((1, 1, 1), zoom=1.25)
         axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
         axes.set_axis_off()
@@ -116,7 +118,8 @@ def draw_spheres(embeddings: list[Embedding], names: list[str], path: Path) -> P
 def _angles(embedding: Embedding) -> tuple[Tensor, Tensor]:
     """Degrees from each embedding to its own class's weight and to the nearest other one."""
     unit = torch.nn.functional.normalize
-    cosine = unit(embedding.points.double(), dim=1) @ unit(embedding.weights.double(), dim=1).T
+    weights = unit(embedding.weights.double(), dim=2)
+    cosine = torch.einsum("nd,ckd->nck", unit(embedding.points.double(), dim=1), weights).amax(2)
     degrees = torch.rad2deg(cosine.clamp(-1, 1).arccos())
     own = torch.nn.functional.one_hot(embedding.labels, len(embedding.weights)).bool()
     return degrees[own], degrees.masked_fill(own, math.inf).amin(1)

@@ -9,12 +9,18 @@ from torchmargin import (
     ArcFaceLoss,
     CombinedMarginLoss,
     CosFaceLoss,
+    CurricularFaceLoss,
+    InterTopKArcFaceLoss,
     LargeMarginSoftmaxLoss,
     MarginLoss,
     ModifiedSoftmaxLoss,
+    MVSoftmaxLoss,
     NormalizedSoftmaxLoss,
     SoftmaxLoss,
+    SphereFace2Loss,
     SphereFaceLoss,
+    SubCenterArcFaceLoss,
+    UniFaceLoss,
 )
 
 __all__ = ["DEFAULT_LOSSES", "LOSSES", "TITLES", "annealed_sphereface"]
@@ -48,6 +54,16 @@ def annealed_sphereface(features: int, classes: int, steps: int, margin: float =
     return SphereFaceLoss(features, classes, margin=margin, **_annealing(steps))
 
 
+def _sub_center(features: int, classes: int, steps: int) -> MarginLoss:
+    margin = ANGLE_MARGIN.get(features, 0.3)
+    return SubCenterArcFaceLoss(features, classes, scale=SCALE, margin=margin, sub_centers=2)
+
+
+def _inter_top_k(features: int, classes: int, steps: int) -> MarginLoss:
+    margin = ANGLE_MARGIN.get(features, 0.3)
+    return InterTopKArcFaceLoss(features, classes, scale=SCALE, margin=margin, sub_centers=1, hardest=2)
+
+
 def _combined(features: int, classes: int, steps: int) -> MarginLoss:
     m2, m3 = COMBINED_MARGIN.get(features, (0.15, 0.1))
     return CombinedMarginLoss(features, classes, scale=SCALE, m1=1.0, m2=m2, m3=m3)
@@ -64,6 +80,12 @@ LOSSES: dict[str, Callable[[int, int, int], MarginLoss]] = {
     "combined": _combined,
     "l-softmax": lambda d, c, steps: LargeMarginSoftmaxLoss(d, c, margin=2.0, **_annealing(steps)),
     "sphereface-r": lambda d, c, _: SphereFaceLoss.normalized(d, c, scale=SCALE, margin=1.5 if d > 3 else 1.2),
+    "sub-center": _sub_center,
+    "curricularface": lambda d, c, _: CurricularFaceLoss(d, c, scale=SCALE, margin=ANGLE_MARGIN.get(d, 0.3)),
+    "mv-softmax": lambda d, c, _: MVSoftmaxLoss(d, c, scale=SCALE, margin=COSINE_MARGIN.get(d, 0.2)),
+    "inter-top-k": _inter_top_k,
+    "sphereface2": lambda d, c, _: SphereFace2Loss(d, c, margin=COSINE_MARGIN.get(d, 0.2)),
+    "uniface": lambda d, c, _: UniFaceLoss(d, c, scale=SCALE, margin=COSINE_MARGIN.get(d, 0.2)),
 }
 TITLES = {
     "softmax": "softmax",
@@ -75,5 +97,14 @@ TITLES = {
     "combined": "combined margin",
     "l-softmax": "L-Softmax",
     "sphereface-r": "SphereFace-R",
+    "sub-center": "sub-center ArcFace",
+    "curricularface": "CurricularFace",
+    "mv-softmax": "MV-Softmax",
+    "inter-top-k": "ArcFace, inter-top-k",
+    "sphereface2": "SphereFace2",
+    "uniface": "UniFace",
 }
-DEFAULT_LOSSES = ["softmax", "modified-softmax", "normalized-softmax", "sphereface", "cosface", "arcface", "combined"]
+DEFAULT_LOSSES = (
+    "softmax modified-softmax normalized-softmax sphereface cosface arcface combined sub-center curricularface "
+    "inter-top-k sphereface2"
+).split()

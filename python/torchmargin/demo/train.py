@@ -65,7 +65,7 @@ class Trainer(NamedTuple):
         torch.manual_seed(self.seed + 1)  # not the network's own random numbers again
         loss = make(features, len(images.names), steps)
         if features == 2:
-            _spread(loss.weight)
+            _spread(loss.weight, loss.sub_centers)
         generator = torch.Generator().manual_seed(self.seed)
         parameters = [*network.parameters(), *loss.parameters()]
         optimiser = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -88,8 +88,9 @@ class Trainer(NamedTuple):
 
 
 @torch.no_grad()
-def _spread(weight: Tensor) -> None:
-    """Class weights evenly around the circle: in the plane a class cannot pass another to find its place."""
+def _spread(weight: Tensor, centers: int) -> None:
+    """Class weights evenly around the circle: in the plane a class cannot pass another to find its place. A class's
+    centers begin side by side."""
     turn = torch.arange(len(weight)) * (2 * math.pi / len(weight))
     weight.copy_(torch.stack([turn.cos(), turn.sin()], dim=1))
 
