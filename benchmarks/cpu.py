@@ -19,52 +19,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import sys
-import time
 from pathlib import Path
 
 import torch
+from measure import MiB, available, cpu_name, resident_peak, rounded_ms, time_in_turn
 from torch import Tensor
-from tqdm import tqdm
 
 import torchmargin
 import torchmargin.functional as F
 
 from peers import MARGIN, SCALE, bytes_needed, chunked_products, peers, whole_products
 
-MiB = 1 << 20
 # B, D, C: what a call costs, and steps that a row's features make and not its classes.
 SMALL = [(32, 64, 10), (128, 128, 100), (256, 512, 100), (4096, 512, 100), (64, 512, 1000), (2048, 128, 1000)]
-SHORTEST = 0.01  # seconds that are timed at a time
 
 
 def ours(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return F.linear_margin_cross_entropy(x, w, y, scale=SCALE, m2=MARGIN, extension="linear")
-
-
-def _status(field: str) -> int:
-    """A memory figure of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    raise KeyError(field)
-
-
-def _available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return 1024 * int(line.split()[1])
-    raise KeyError("MemAvailable")
-
-
-def resident_peak(run) -> int:
-    """Bytes that `run` adds to the resident set at its peak."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
 
 
 def measure(rows: int, features: int, classes: int, runs: int) -> list[dict]:
@@ -85,7 +57,7 @@ def measure(rows: int, features: int, classes: int, runs: int) -> list[dict]:
         result = {"name": name}
         results.append(result)
         need = bytes_needed(name, rows, features, classes)
-        if need > 0.85 * _available():
+        if need > 0.85 * available():
             result["not_run"] = f"needs about {need / 2**30:.0f} GiB"
             continue
         loss = peer(x, w, y)
@@ -96,50 +68,28 @@ def measure(rows: int, features: int, classes: int, runs: int) -> list[dict]:
     with torch.no_grad():
         contenders["bare products, in chunks"] = chunked_products(x.detach(), w.detach(), plan)
         results.append({"name": "bare products, in chunks"})
-        if 4 * classes * (rows + features) < 0.4 * _available():
+        if 4 * classes * (rows + features) < 0.4 * available():
             contenders["bare products, whole"] = whole_products(x.detach(), w.detach())
             results.append({"name": "bare products, whole"})
 
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    peaks = {name: resident_peak(run) for name, run in contenders.items()}  # this run is also the warm-up
     for result in results:
-        if result["name"] in contenders:  # this run is also the warm-up
-            result["peak_mib"] = round(resident_peak(contenders[result["name"]]) / MiB)
-    steps = {}
-    for name, run in contenders.items():
-        began = time.perf_counter()
-        run()
-        steps[name] = max(1, round(SHORTEST / (time.perf_counter() - began)))
-    for _ in tqdm(range(runs), desc=f"B={rows} C={classes}", leave=False, file=sys.stderr):
-        for name, run in contenders.items():
-            run()
-            began = time.perf_counter()
-            for _ in range(steps[name]):
-                run()
-            times[name].append((time.perf_counter() - began) / steps[name])
+        if result["name"] in peaks:
+            result["peak_mib"] = round(peaks[result["name"]] / MiB)
+    times = time_in_turn(contenders, runs, f"B={rows} C={classes}")
     own = statistics.median(times["torchmargin"])
     for result in results:
         result.update(rows=rows, features=features, classes=classes, kept_classes=plan.kept_classes)
         if result["name"] in times:
             taken = times[result["name"]]
             result.update(
-                ms=_rounded(1e3 * statistics.median(taken)),
-                ms_min=_rounded(1e3 * min(taken)),
+                ms=rounded_ms(1e3 * statistics.median(taken)),
+                ms_min=rounded_ms(1e3 * min(taken)),
                 ratio=round(statistics.median(taken) / own, 2),
                 # round by round: what the machine did to both in that round cancels
                 ratio_paired=round(statistics.median(t / o for t, o in zip(taken, times["torchmargin"])), 2),
             )
     return results
-
-
-def _rounded(ms: float) -> float:
-    return round(ms, 1 if ms >= 10 else 3)
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def table(results: list[dict]) -> str:
@@ -178,7 +128,7 @@ def main() -> None:
         "what": "ArcFace forward + backward, float32",
         "torchmargin": torchmargin.__version__,
         "torch": torch.__version__,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": options.threads,
         "runs": options.runs,
         "workspace_limit": torchmargin.get_workspace_limit(),
