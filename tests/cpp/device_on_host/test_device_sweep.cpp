@@ -530,4 +530,122 @@ TEST_F(DeviceSweep, HeadsAgreeWithTheCpu) {
   }
 }
 
+// The same in the dtypes that train, beside the CPU's in float64 on the same numbers. Data on which nothing flips: each
+// row's threshold lies in the widest gap of its cosines, a class's two centers are opposite each other (so that they
+// are equally near only where they weigh next to nothing), and all of the hardest have one upstream gradient.
+//
+// A cosine is off by the roundings of two operands and of a product of 13 of them, 8 units; a logit by `steepest` times
+// scale times that, a log-sum-exp and a sum of softplus (beside their size) by no more, a weight by as much of itself
+// and by its own rounding.
+TEST_F(DeviceSweep, HeadsOfNarrowDtypesAreNearFloat64) {
+  const auto wide = at::TensorOptions(at::kDouble);
+  const auto coefficients = [&](double a, double b, double d) { return at::tensor({a, b, d}, wide); };
+  struct Head {
+    std::string name;
+    double steepest; // of the logits' slopes in the cosine, at scale 1
+    std::function<void(LinearProblem&, const at::Tensor& threshold)> set;
+  };
+  const std::vector<Head> heads{
+      {"hard", 2.3,
+       [&](LinearProblem& p, const at::Tensor& threshold) {
+         p.hard_threshold = threshold;
+         p.hard_coefficients = coefficients(1.0, 0.3, 0.0);
+       }},
+      {"steep", 6.0, // float16 weights and operands need their powers of two
+       [&](LinearProblem& p, const at::Tensor& threshold) {
+         p.hard_threshold = threshold;
+         p.hard_coefficients = coefficients(2.0, 2.0, -1.0);
+       }},
+      {"masked", 1.0,
+       [&](LinearProblem& p, const at::Tensor& threshold) {
+         p.hard_threshold = threshold;
+         p.hard_coefficients = coefficients(0.0, 0.0, -std::numeric_limits<double>::infinity());
+       }},
+      {"hardest", 1.0, [](LinearProblem& p, const at::Tensor&) { p.hardest = 70; }},
+      {"one against all", 3.0,
+       [](LinearProblem& p, const at::Tensor&) {
+         p.binary = {BinaryKind::cosine, 0.2, 3.0};
+       }},
+      {"of whole powers", 2.0, [](LinearProblem& p, const at::Tensor&) {
+         p.binary = {BinaryKind::before, 0.2, 2.0};
+       }}};
+  const std::vector<std::tuple<at::ScalarType, std::optional<at::ScalarType>, at::ScalarType>> dtypes{
+      {at::kFloat, std::nullopt, at::kFloat},
+      {at::kFloat, at::kHalf, at::kHalf},
+      {at::kHalf, std::nullopt, at::kHalf},
+      {at::kBFloat16, std::nullopt, at::kBFloat16}};
+  constexpr double kScale = 16.0;
+  for (const Head& head : heads) {
+    for (const auto& [dtype, compute_dtype, operands] : dtypes) {
+      for (const int64_t centers : {1, 2}) {
+        const int64_t kept = centers == 1 ? 61 : 0;
+        SCOPED_TRACE(
+            head.name + " in " + at::toString(dtype) + " by " + at::toString(operands) + ", " +
+            std::to_string(centers) + " centers, kept " + std::to_string(kept));
+        Case c;
+        c.dtype = dtype;
+        c.compute_dtype = compute_dtype;
+        LinearProblem p = make_problem(c);
+        const at::Tensor base = p.weight;
+        if (centers == 2) {
+          p.weight = at::stack({base, -base}, 1).flatten(0, 1).contiguous();
+        }
+        p.sub_centers = centers;
+        // Raw, and then the two ends of the widest gap that has something on both sides.
+        at::Tensor cosines = at::matmul(
+            at::linalg_vector_norm(p.input.to(wide), 2, at::IntArrayRef{1}, true).reciprocal() * p.input.to(wide),
+            (base.to(wide) / at::linalg_vector_norm(base.to(wide), 2, at::IntArrayRef{1}, true)).t());
+        cosines = std::get<0>((centers == 2 ? cosines.abs() : cosines).sort(1)).slice(1, 20, 58);
+        const at::Tensor gaps = cosines.diff(1, 1);
+        const at::Tensor place = gaps.argmax(1, /*keepdim=*/true);
+        const at::Tensor threshold = (cosines.gather(1, place) + gaps.gather(1, place) / 2).squeeze(1);
+        const double u = operands == at::kFloat ? 0x1p-24 : operands == at::kHalf ? 0x1p-11 : 0x1p-8;
+        const double of_cosine = 8 * u;
+        ASSERT_GT(gaps.amax(1).min().item<double>(), (operands == at::kBFloat16 ? 0.5 : 2.0) * of_cosine);
+        head.set(p, threshold);
+        const auto on = [&](const LinearProblem& problem, const Device& device, int64_t keep) {
+          Results r;
+          r.forward = sweep_forward(problem, {std::nullopt, p.one_against_all(), keep}, device);
+          BackwardRequest request = upstream_of(c);
+          request.grad_other_lse = request.grad_other_lse->to(problem.acc());
+          request.grad_target_logit = request.grad_target_logit->to(problem.acc());
+          if (p.hardest > 0) {
+            request.grad_hardest_logit = request.grad_other_lse->unsqueeze(1).expand({c.rows, p.hardest}).contiguous();
+          }
+          request.other_lse = r.forward.other_lse;
+          request.hardest_class = r.forward.hardest_class;
+          request.record = r.forward.record;
+          request.wanted = {true, true, false, false, false};
+          r.gradients = sweep_backward(problem, request, device);
+          return r;
+        };
+        const Results expected = on(widen(p), cpu::device(), 0);
+        set_workspace_limit(c10::DeviceType::CPU, 64 << 10); // several chunks
+        const Results got = on(p, kDevice, kept);
+        set_workspace_limit(c10::DeviceType::CPU, kDefaultWorkspaceLimit);
+
+        const double of_logit = head.steepest * kScale * of_cosine;
+        const auto within = [](const at::Tensor& one, const at::Tensor& other, double bound, const char* what) {
+          const at::Tensor zero = at::zeros({1}, other.options());
+          const at::Tensor apart = at::where(one.eq(other), zero, (one - other).abs()).flatten();
+          EXPECT_LE(at::cat({apart, zero}).max().item<double>(), bound) << what;
+        };
+        const double size = p.one_against_all() ? expected.forward.other_lse.max().item<double>() : 1.0;
+        within(
+            got.forward.other_lse, expected.forward.other_lse, (p.one_against_all() ? 61 : 1) * of_logit + size * u,
+            "other_lse");
+        within(got.forward.hardest_logit, expected.forward.hardest_logit, of_logit, "hardest_logit");
+        for (size_t i = 0; i < 2; ++i) {
+          const at::Tensor apart = got.gradients[i].to(at::kDouble) - expected.gradients[i];
+          EXPECT_LE(
+              apart.norm().item<double>(), 2 * (of_logit + of_cosine) * expected.gradients[i].norm().item<double>())
+              << "gradient " << i;
+          EXPECT_EQ(got.gradients[i].scalar_type(), dtype);
+        }
+        EXPECT_EQ(got.gradients[0][1].abs().max().item<double>(), 0.0); // without an upstream gradient
+      }
+    }
+  }
+}
+
 } // namespace
