@@ -98,6 +98,12 @@ struct AngleFormula {
         theta(at::where(zero, at::full({}, kPi / 2, unit_x.options()), 2 * at::atan2(delta, sigma))) {}
 };
 
+// Rows of a matrix, or numbers of a vector. NB: not index_select, whose derivative adds by atomics on a GPU, in any
+// order; embedding's sorts.
+at::Tensor rows_at(const at::Tensor& matrix, const at::Tensor& places) {
+  return matrix.dim() == 1 ? at::embedding(matrix.unsqueeze(1), places).squeeze(1) : at::embedding(matrix, places);
+}
+
 // The row of the weight that stands for each row's class, `place`: its nearest center.
 at::Tensor nearest_center(const LinearProblem& p, const at::Tensor& place) {
   if (p.sub_centers == 1) {
@@ -143,7 +149,7 @@ struct TargetFormula {
 TargetFormula target_formula(const LinearProblem& p, bool mark_seam) {
   const auto [present, place] = target_place(p.target, p.classes());
   const at::Tensor x = p.input.to(at::kDouble);
-  const at::Tensor w = p.weight.index_select(0, nearest_center(p, place)).to(at::kDouble);
+  const at::Tensor w = rows_at(p.weight, nearest_center(p, place)).to(at::kDouble);
   const at::Tensor unit_x = unit(x);
   const at::Tensor unit_w = unit(w);
   const at::Tensor alpha = p.normalize_input ? at::ones({}, x.options()) : norms(x);
@@ -172,7 +178,7 @@ TargetFormula target_formula(const LinearProblem& p, bool mark_seam) {
   }
   value = p.margins.parameters.scale * value;
   if (p.bias.has_value()) {
-    value = value + (p.bias->dim() == 0 ? *p.bias : p.bias->index_select(0, place)).to(at::kDouble);
+    value = value + (p.bias->dim() == 0 ? *p.bias : rows_at(*p.bias, place)).to(at::kDouble);
   }
   const at::Tensor none = at::zeros({}, x.options());
   return {at::where(present, theta, none).detach(), at::where(present, value, none)};

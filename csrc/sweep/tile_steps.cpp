@@ -1,14 +1,42 @@
 #include "sweep/tile_steps.h"
 
+#include <ATen/Context.h>
 #include <ATen/Functions.h>
 
 namespace torchmargin {
+namespace {
+
+// Products of 16-bit numbers are summed in float32, whatever is allowed: with
+// torch.backends.cuda.matmul.allow_fp16_accumulation ATen refuses such a product. NB: a setting of the whole process;
+// another thread's product between the two lines is more exact than it had to be.
+class WideSums {
+ public:
+  WideSums() : narrow_(at::globalContext().allowFP16AccumulationCuBLAS()) {
+    set(false);
+  }
+  ~WideSums() {
+    set(narrow_);
+  }
+  WideSums(const WideSums&) = delete;
+  WideSums& operator=(const WideSums&) = delete;
+
+ private:
+  void set(bool allowed) const {
+    if (narrow_) {
+      at::globalContext().setAllowFP16AccumulationCuBLAS(allowed);
+    }
+  }
+  bool narrow_;
+};
+
+} // namespace
 
 void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
   at::Tensor result = out;
   if (a.scalar_type() == out.scalar_type()) {
     accumulate ? at::addmm_out(result, out, a, b) : at::mm_out(result, a, b);
   } else if (a.is_cuda()) {
+    const WideSums wide;
     accumulate ? at::addmm_out(result, out, a, b, out.scalar_type()) : at::mm_out(result, a, b, out.scalar_type());
   } else { // only a GPU has such products; elsewhere they are those of the same numbers in float32
     multiply(out, a.to(out.scalar_type()), b.to(out.scalar_type()), accumulate);
@@ -35,6 +63,7 @@ void add_slices(const at::Tensor& outs, const at::Tensor& a, const at::Tensor& b
     if (a.scalar_type() == outs.scalar_type()) {
       at::baddbmm_out(result, outs, lefts, rights);
     } else if (a.is_cuda()) {
+      const WideSums wide;
       at::baddbmm_out(result, outs, lefts, rights, outs.scalar_type());
     } else {
       at::baddbmm_out(result, outs, lefts.to(outs.scalar_type()), rights.to(outs.scalar_type()));
