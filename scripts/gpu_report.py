@@ -23,7 +23,7 @@ def summary(folder: Path, name: str) -> str:
     """What a test run counted."""
     log = folder / f"{name}.log"
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    counted = [line for line in lines if re.search(r"\d+ (passed|failed)|PASSED|FAILED|ERROR SUMMARY", line)]
+    counted = [line for line in lines if re.search(r"(\d+|all) (passed|failed)|PASSED|FAILED|ERROR SUMMARY", line)]
     return counted[-1].strip(" =") if counted else ""
 
 
@@ -37,19 +37,19 @@ def main() -> None:
             for name, result, seconds in steps
         ],
         "accuracy": read_json(folder / "accuracy.json"),
-        "benchmark": read_json(folder / "benchmark.json"),
+        **{name: read_json(folder / f"{name}.json") for name in ("benchmark", "details", "benchmark_sizes")},
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     machine = report["machine"] or {}
-    lines = [f"# GPU check: {machine.get('gpu', 'unknown GPU')}", ""]
+    lines = [f"# GPU check: {machine.get('gpu', 'no GPU')}", ""]
     lines += [", ".join(f"{key} {value}" for key, value in machine.items()), ""]
     lines += ["| step | result | seconds | |", "|---|---|---|---|"]
     lines += [f"| {s['name']} | {s['result']} | {s['seconds']} | {s['summary']} |" for s in report["steps"]]
-    for name in ("benchmark", "accuracy"):
+    for name in ("ops", "benchmark", "details", "benchmark_sizes", "accuracy"):
         log = folder / f"{name}.log"
         if log.exists():
-            table = [line for line in log.read_text().splitlines() if line.startswith("|")]
-            lines += ["", f"## {name}", "", *table]
+            table = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("|")]
+            lines += ["", f"## {name}", "", *table] if table else []
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
