@@ -11,6 +11,8 @@
 #define TORCHMARGIN_SHARED(type, name, size) __shared__ type name[size]
 #define TORCHMARGIN_LAUNCH(kernel, grid, block, stream, ...) kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
 #define TORCHMARGIN_UNROLL _Pragma("unroll")
+// A kernel of which so many blocks fit a processor at once: registers for no more.
+#define TORCHMARGIN_BLOCKS_AT_ONCE(blocks) __launch_bounds__(::torchmargin::device::kThreads, blocks)
 #endif
 
 #include <cstdint>

@@ -138,5 +138,6 @@ inline void launch(dim3 grid, dim3 threads, const std::function<void()>& body) {
   type* const name =                         \
       static_cast<type*>(::device_on_host::block->shared(::device_on_host::next_array++, sizeof(type) * (size)))
 #define TORCHMARGIN_UNROLL
+#define TORCHMARGIN_BLOCKS_AT_ONCE(blocks)
 #define TORCHMARGIN_LAUNCH(kernel, grid, block, stream, ...) \
   ((void)(stream), ::device_on_host::launch((grid), (block), [&] { (kernel)(__VA_ARGS__); }))

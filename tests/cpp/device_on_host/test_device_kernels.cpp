@@ -567,4 +567,154 @@ TYPED_TEST(DeviceKernels, Cosine) {
   }
 }
 
+// ---- the inside of a tile (interior.cuh) beside the general way, on the same numbers --------------------------------
+
+// Rows of float32 products that a row factor alone makes logits; from 16 bytes on, or from one number past them, where
+// everything goes the general way.
+struct InteriorProblem {
+  int64_t rows = 9;
+  int64_t classes;
+  bool aligned;
+  int64_t row_stride;
+  std::vector<float> memory;
+  std::vector<float> row_factors;
+  std::vector<double> other_lse;
+  std::vector<double> upstream;
+  std::vector<int64_t> target;
+
+  InteriorProblem(int64_t classes_, bool aligned_)
+      : classes(classes_),
+        aligned(aligned_),
+        row_stride((classes + 3) / 4 * 4),
+        memory(rows * row_stride + 4),
+        row_factors{1.0F, 1.25F, 0.5F, 1.0F, 2.0F, 1.0F, 0.0F, 1.0F, 1.0F},
+        other_lse(rows, 9.0 + 1e-7),
+        upstream(rows, 1.0),
+        target{0, classes - 1, classes / 2, -1, classes, classes / 3, 0, classes - 1, 2 % classes} {
+    const std::vector<float> values = random_values<float>(rows * classes, 3, 0.1);
+    for (int64_t i = 0; i < rows; ++i) {
+      std::copy_n(values.begin() + i * classes, classes, products() + i * row_stride);
+    }
+    constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+    products()[5 * row_stride] = kNan; // and the row has no upstream gradient
+    upstream[5] = 0.0;
+    products()[7 * row_stride + classes / 2] = kNan; // a row that counts
+    other_lse[2] = 70.0; // everything is below exp(-50)
+    other_lse[4] = 20.0; // its logits are twice as large
+    other_lse[8] = 7.0; // weights near 1
+  }
+
+  float* products() {
+    return memory.data() + (aligned ? 0 : 1);
+  }
+  ProductsTile tile() {
+    return {
+        .products = products(),
+        .row_stride = row_stride,
+        .row_count = rows,
+        .class_count = classes,
+        .first_class = 0,
+        .target = target.data(),
+        .scale = 16.0,
+        .row_factors = row_factors.data(),
+        .class_factors = nullptr,
+        .bias = nullptr};
+  }
+  double logit(int64_t i, int64_t j) {
+    return 16.0 * row_factors[i] * products()[i * row_stride + j];
+  }
+};
+
+constexpr int64_t kInteriorClasses[] = {1, 7, 8, 15, 16, 17, 100, 1025, 4096, 4099};
+
+TEST(DeviceInterior, SumsAndMaxima) {
+  for (const int64_t classes : kInteriorClasses) {
+    for (const bool first : {true, false}) {
+      SCOPED_TRACE(classes);
+      const auto run = [&](bool aligned) {
+        InteriorProblem p(classes, aligned);
+        std::vector<double> shift(p.rows, 0.0), sum(p.rows, 3.0), maximum(p.rows, 1.5);
+        device::launch_accumulate_chunk(
+            {p.tile(), /*bounded=*/true, first, {shift.data(), sum.data(), maximum.data()}}, c10::kFloat, nullptr);
+        for (int64_t i = 0; i < p.rows; ++i) {
+          sum[i] *= std::exp(shift[i]);
+        }
+        return std::pair(sum, maximum);
+      };
+      const auto [inside, inside_maximum] = run(true);
+      const auto [general, general_maximum] = run(false);
+      InteriorProblem p(classes, true);
+      for (int64_t i = 0; i < p.rows; ++i) {
+        double expected = first ? 0.0 : 3.0;
+        double size = 0.0;
+        for (int64_t j = 0; j < classes; ++j) {
+          expected += j == p.target[i] ? 0.0 : std::exp(p.logit(i, j));
+          size = std::max(size, std::fabs(p.logit(i, j)));
+        }
+        if (std::isnan(expected)) {
+          EXPECT_TRUE(std::isnan(inside[i]) && std::isnan(general[i])) << i;
+          continue;
+        }
+        // Each exponent: its scale's two roundings and the product's; the exponential; the sums of kGroup terms.
+        const double relative = (3 * size + kExpRoundings + 17) * kUnitRoundoff<float>;
+        EXPECT_NEAR(inside[i], expected, relative * expected) << i;
+        EXPECT_NEAR(general[i], expected, relative * expected) << i;
+        EXPECT_EQ(inside_maximum[i], general_maximum[i]) << i; // to the bit
+      }
+    }
+  }
+}
+
+template <typename Out>
+void check_weights_inside() {
+  constexpr double kScale = std::is_same_v<Out, c10::Half> ? 0x1p15 : 1.0;
+  for (const int64_t classes : kInteriorClasses) {
+    SCOPED_TRACE(classes);
+    const auto run = [&](bool aligned) {
+      InteriorProblem p(classes, aligned);
+      const int64_t row_length = (classes + 15) / 8 * 8; // what lies behind a row must stay
+      std::vector<Out> out(p.rows * row_length, Out(7));
+      device::launch_softmax_chunk(
+          SoftmaxChunkArgs{
+              p.tile(), p.other_lse.data(), p.upstream.data(), false, out.data(), row_length, dtype_of<Out>, kScale},
+          c10::kFloat, nullptr);
+      return out;
+    };
+    const std::vector<Out> inside = run(true);
+    const std::vector<Out> general = run(false);
+    InteriorProblem p(classes, true);
+    const int64_t row_length = (classes + 15) / 8 * 8;
+    constexpr double kStored = std::is_same_v<Out, c10::Half> ? 0x1p-11 : 0x1p-8;
+    for (int64_t i = 0; i < p.rows; ++i) {
+      for (int64_t j = 0; j < row_length; ++j) {
+        const double got = static_cast<double>(inside[i * row_length + j]);
+        const double other = static_cast<double>(general[i * row_length + j]);
+        if (j >= classes) {
+          ASSERT_EQ(got, 7.0);
+        } else if (j == p.target[i] || p.upstream[i] == 0.0) {
+          ASSERT_EQ(got, 0.0) << i << ", " << j;
+        } else if (std::isnan(p.logit(i, j))) {
+          ASSERT_TRUE(std::isnan(got) && std::isnan(other));
+        } else {
+          const double gap = p.logit(i, j) - p.other_lse[i];
+          const double expected = kScale * std::exp(gap);
+          const double rounded = (4 * std::fabs(p.logit(i, j)) + 2 + kExpRoundings) * kUnitRoundoff<float>;
+          const double bound =
+              (rounded + kStored) * expected + kScale * std::exp(kFlush) + (kScale > 1.0 ? 0x1p-25 : 0.0);
+          ASSERT_NEAR(got, expected, bound) << i << ", " << j;
+          ASSERT_NEAR(other, expected, bound) << i << ", " << j;
+          if (gap < kFlush - 1e-4) {
+            ASSERT_EQ(got, 0.0);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(DeviceInterior, SoftmaxWeights) {
+  check_weights_inside<c10::Half>();
+  check_weights_inside<c10::BFloat16>();
+}
+
 } // namespace
