@@ -20,9 +20,12 @@ from typing import NamedTuple
 
 # The hot loops: of which kernel, how many instructions a logit at most, whether the loop writes.
 HOT = {
-    "accumulate_interior_kernel": (10.0, False),
-    "softmax_interior_kernel<c10::Half>": (12.0, True),
-    "softmax_interior_kernel<c10::BFloat16>": (12.0, True),
+    "accumulate_interior_kernel<false>": (10.0, False),
+    "accumulate_interior_kernel<true>": (10.0, False),
+    "softmax_interior_kernel<c10::Half, false>": (12.0, True),
+    "softmax_interior_kernel<c10::Half, true>": (14.0, True),
+    "softmax_interior_kernel<c10::BFloat16, false>": (12.0, True),
+    "softmax_interior_kernel<c10::BFloat16, true>": (14.0, True),
 }
 MOST_REGISTERS = 64  # of the hot kernels: 1,024 threads on a processor
 

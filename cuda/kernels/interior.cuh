@@ -79,10 +79,11 @@ inline bool rows_by_16_bytes(const void* data, int64_t row_stride, size_t elemen
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride * static_cast<int64_t>(element) % 16 == 0;
 }
 
-// Float32 products that a row factor alone makes logits, in rows that are read by 16 bytes.
-inline bool has_plain_interior(const ProductsTile& tile, c10::ScalarType acc) {
-  return acc == c10::ScalarType::Float && tile.class_factors == nullptr && tile.bias == nullptr &&
-      rows_by_16_bytes(tile.products, tile.row_stride, sizeof(float)) && tile.class_count < (int64_t(1) << 30);
+// Float32 products that factors alone make logits, in rows that are read by 16 bytes.
+inline bool has_interior(const ProductsTile& tile, c10::ScalarType acc) {
+  return acc == c10::ScalarType::Float && tile.bias == nullptr && tile.class_count < (int64_t(1) << 30) &&
+      rows_by_16_bytes(tile.products, tile.row_stride, sizeof(float)) &&
+      rows_by_16_bytes(tile.class_factors, /*row_stride=*/0, sizeof(float));
 }
 
 // What makes exponents to base 2 of a row's products.

@@ -1,6 +1,6 @@
 // The softmax weights Q of the other classes of a tile, in the products' dtype: a thread some columns of several rows.
-// Where the operands are of 16 bits and a row factor alone makes logits of products, the inside of the tile has a loop
-// of its own.
+// Where the operands are of 16 bits and factors alone make logits of products, the inside of the tile has a loop of its
+// own.
 #include "kernels/interior.cuh"
 #include "kernels/launch.h"
 #include "kernels/tile.cuh"
@@ -74,13 +74,18 @@ __device__ inline InteriorRow interior_row(const SoftmaxChunkArgs& args, double 
 // What a block does before its rows is shared by so many of them.
 constexpr int64_t kRowsPerBlock = 4;
 
-template <typename Out>
+// kFactors: classes have factors as well, for the logits and for the weights.
+template <typename Out, bool kFactors>
 __global__ void TORCHMARGIN_BLOCKS_AT_ONCE(4) softmax_interior_kernel(SoftmaxChunkArgs args, double log2_out_scale) {
   constexpr int kCount = 16 / sizeof(Out);
   const ProductsTile& tile = args.tile;
   const int j = static_cast<int>((blockIdx.x * kThreads + threadIdx.x) * kCount);
   const bool inside = j + kCount <= tile.class_count;
   TORCHMARGIN_SHARED(InteriorRow, rows, kThreads);
+  Elements<float, kCount> factors{};
+  if (kFactors && inside) {
+    factors.load(static_cast<const float*>(tile.class_factors) + j);
+  }
   // This block's rows, as many at a time as there are threads to look at them.
   for (int64_t first = blockIdx.y; first < tile.row_count; first += static_cast<int64_t>(gridDim.y) * kThreads) {
     const int64_t own = first + static_cast<int64_t>(threadIdx.x) * gridDim.y;
@@ -101,10 +106,12 @@ __global__ void TORCHMARGIN_BLOCKS_AT_ONCE(4) softmax_interior_kernel(SoftmaxChu
         z.load(in);
         TORCHMARGIN_UNROLL
         for (int e = 0; e < kCount; ++e) {
-          const float exponent = fmaf(z.values[e], row.scale, -row.high) - row.low;
+          const float scale = kFactors ? row.scale * factors.values[e] : row.scale;
+          const float exponent = fmaf(z.values[e], scale, -row.high) - row.low;
           // NaN stays. What float16 rounds to 0 is 0 long before.
           const bool too_small = !std::is_same_v<Out, c10::Half> && exponent < row.least;
           z.values[e] = too_small ? 0.0F : exp2_of(exponent);
+          z.values[e] *= kFactors && args.times_class_factors ? factors.values[e] : 1.0F;
         }
         const int place = row.own_column - j;
         if (static_cast<unsigned>(place) < kCount || row.used == 0) { // rare
@@ -145,10 +152,11 @@ void launch_softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc, cud
     using Out = decltype(out);
     const dim3 grid = tile_grid(tile.row_count, tile.class_count, elements_per_thread<T, Out>());
     if constexpr (sizeof(Out) == 2) {
-      if (has_plain_interior(tile, acc) && rows_by_16_bytes(args.out, args.out_row_stride, sizeof(Out))) {
+      if (has_interior(tile, acc) && rows_by_16_bytes(args.out, args.out_row_stride, sizeof(Out))) {
         const int64_t row_blocks = (tile.row_count + kRowsPerBlock - 1) / kRowsPerBlock;
         const dim3 interior = tile_grid(row_blocks, tile.class_count, elements_per_thread<T, Out>());
-        const auto kernel = softmax_interior_kernel<Out>;
+        const auto kernel =
+            tile.class_factors != nullptr ? softmax_interior_kernel<Out, true> : softmax_interior_kernel<Out, false>;
         TORCHMARGIN_LAUNCH(kernel, interior, kThreads, stream, args, std::log2(args.out_scale));
         return;
       }

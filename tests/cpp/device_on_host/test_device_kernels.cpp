@@ -569,28 +569,35 @@ TYPED_TEST(DeviceKernels, Cosine) {
 
 // ---- the inside of a tile (interior.cuh) beside the general way, on the same numbers --------------------------------
 
-// Rows of float32 products that a row factor alone makes logits; from 16 bytes on, or from one number past them, where
+// Rows of float32 products that factors alone make logits; from 16 bytes on, or from one number past them, where
 // everything goes the general way.
 struct InteriorProblem {
   int64_t rows = 9;
   int64_t classes;
   bool aligned;
+  bool with_factors;
   int64_t row_stride;
   std::vector<float> memory;
+  std::vector<float> class_factors;
   std::vector<float> row_factors;
   std::vector<double> other_lse;
   std::vector<double> upstream;
   std::vector<int64_t> target;
 
-  InteriorProblem(int64_t classes_, bool aligned_)
+  InteriorProblem(int64_t classes_, bool aligned_, bool with_factors_)
       : classes(classes_),
         aligned(aligned_),
+        with_factors(with_factors_),
         row_stride((classes + 3) / 4 * 4),
         memory(rows * row_stride + 4),
+        class_factors(classes + 4),
         row_factors{1.0F, 1.25F, 0.5F, 1.0F, 2.0F, 1.0F, 0.0F, 1.0F, 1.0F},
         other_lse(rows, 9.0 + 1e-7),
         upstream(rows, 1.0),
         target{0, classes - 1, classes / 2, -1, classes, classes / 3, 0, classes - 1, 2 % classes} {
+    for (int64_t j = 0; j < classes; ++j) {
+      class_factors[j] = 0.75F + 0.5F * static_cast<float>(j % 7) / 7.0F;
+    }
     const std::vector<float> values = random_values<float>(rows * classes, 3, 0.1);
     for (int64_t i = 0; i < rows; ++i) {
       std::copy_n(values.begin() + i * classes, classes, products() + i * row_stride);
@@ -601,7 +608,7 @@ struct InteriorProblem {
     products()[7 * row_stride + classes / 2] = kNan; // a row that counts
     other_lse[2] = 70.0; // everything is below exp(-50)
     other_lse[4] = 20.0; // its logits are twice as large
-    other_lse[8] = 7.0; // weights near 1
+    other_lse[8] = 9.0; // weights near 1
   }
 
   float* products() {
@@ -617,11 +624,14 @@ struct InteriorProblem {
         .target = target.data(),
         .scale = 16.0,
         .row_factors = row_factors.data(),
-        .class_factors = nullptr,
+        .class_factors = with_factors ? class_factors.data() : nullptr,
         .bias = nullptr};
   }
+  double factor(int64_t j) const {
+    return with_factors ? static_cast<double>(class_factors[j]) : 1.0;
+  }
   double logit(int64_t i, int64_t j) {
-    return 16.0 * row_factors[i] * products()[i * row_stride + j];
+    return 16.0 * row_factors[i] * products()[i * row_stride + j] * factor(j);
   }
 };
 
@@ -630,9 +640,10 @@ constexpr int64_t kInteriorClasses[] = {1, 7, 8, 15, 16, 17, 100, 1025, 4096, 40
 TEST(DeviceInterior, SumsAndMaxima) {
   for (const int64_t classes : kInteriorClasses) {
     for (const bool first : {true, false}) {
+      const bool with_factors = classes % 2 == (first ? 0 : 1); // either way with either
       SCOPED_TRACE(classes);
       const auto run = [&](bool aligned) {
-        InteriorProblem p(classes, aligned);
+        InteriorProblem p(classes, aligned, with_factors);
         std::vector<double> shift(p.rows, 0.0), sum(p.rows, 3.0), maximum(p.rows, 1.5);
         device::launch_accumulate_chunk(
             {p.tile(), /*bounded=*/true, first, {shift.data(), sum.data(), maximum.data()}}, c10::kFloat, nullptr);
@@ -643,7 +654,7 @@ TEST(DeviceInterior, SumsAndMaxima) {
       };
       const auto [inside, inside_maximum] = run(true);
       const auto [general, general_maximum] = run(false);
-      InteriorProblem p(classes, true);
+      InteriorProblem p(classes, true, with_factors);
       for (int64_t i = 0; i < p.rows; ++i) {
         double expected = first ? 0.0 : 3.0;
         double size = 0.0;
@@ -666,23 +677,24 @@ TEST(DeviceInterior, SumsAndMaxima) {
 }
 
 template <typename Out>
-void check_weights_inside() {
+void check_weights_inside(bool with_factors) {
   constexpr double kScale = std::is_same_v<Out, c10::Half> ? 0x1p15 : 1.0;
   for (const int64_t classes : kInteriorClasses) {
     SCOPED_TRACE(classes);
     const auto run = [&](bool aligned) {
-      InteriorProblem p(classes, aligned);
+      InteriorProblem p(classes, aligned, with_factors);
       const int64_t row_length = (classes + 15) / 8 * 8; // what lies behind a row must stay
       std::vector<Out> out(p.rows * row_length, Out(7));
       device::launch_softmax_chunk(
           SoftmaxChunkArgs{
-              p.tile(), p.other_lse.data(), p.upstream.data(), false, out.data(), row_length, dtype_of<Out>, kScale},
+              p.tile(), p.other_lse.data(), p.upstream.data(), with_factors, out.data(), row_length, dtype_of<Out>,
+              kScale},
           c10::kFloat, nullptr);
       return out;
     };
     const std::vector<Out> inside = run(true);
     const std::vector<Out> general = run(false);
-    InteriorProblem p(classes, true);
+    InteriorProblem p(classes, true, with_factors);
     const int64_t row_length = (classes + 15) / 8 * 8;
     constexpr double kStored = std::is_same_v<Out, c10::Half> ? 0x1p-11 : 0x1p-8;
     for (int64_t i = 0; i < p.rows; ++i) {
@@ -697,7 +709,7 @@ void check_weights_inside() {
           ASSERT_TRUE(std::isnan(got) && std::isnan(other));
         } else {
           const double gap = p.logit(i, j) - p.other_lse[i];
-          const double expected = kScale * std::exp(gap);
+          const double expected = kScale * std::exp(gap) * p.factor(j);
           const double rounded = (4 * std::fabs(p.logit(i, j)) + 2 + kExpRoundings) * kUnitRoundoff<float>;
           const double bound =
               (rounded + kStored) * expected + kScale * std::exp(kFlush) + (kScale > 1.0 ? 0x1p-25 : 0.0);
@@ -713,8 +725,10 @@ void check_weights_inside() {
 }
 
 TEST(DeviceInterior, SoftmaxWeights) {
-  check_weights_inside<c10::Half>();
-  check_weights_inside<c10::BFloat16>();
+  for (const bool with_factors : {false, true}) {
+    check_weights_inside<c10::Half>(with_factors);
+    check_weights_inside<c10::BFloat16>(with_factors);
+  }
 }
 
 } // namespace
