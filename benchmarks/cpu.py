@@ -17,13 +17,12 @@ of them in a row.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 from pathlib import Path
 
 import torch
-from measure import MiB, available, cpu_name, resident_peak, rounded_ms, time_in_turn
+from measure import MiB, available, resident_peak, rounded_ms, time_in_turn, write_report
 from torch import Tensor
 
 import torchmargin
@@ -124,19 +123,7 @@ def main() -> None:
         measured = measure(rows, features, classes, options.runs)
         print(table(measured), flush=True)
         results += measured
-    report = {
-        "what": "ArcFace forward + backward, float32",
-        "torchmargin": torchmargin.__version__,
-        "torch": torch.__version__,
-        "cpu": cpu_name(),
-        "threads": options.threads,
-        "runs": options.runs,
-        "workspace_limit": torchmargin.get_workspace_limit(),
-        "results": results,
-    }
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report("ArcFace forward + backward, float32", options, results)
     print("\n" + table(results))
 
 

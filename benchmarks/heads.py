@@ -12,7 +12,6 @@ is beside three times the plain op's products.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Callable
@@ -20,11 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measure import MiB, available, cpu_name, resident_peak, rounded_ms, time_in_turn
+from measure import MiB, available, resident_peak, rounded_ms, time_in_turn, write_report
 from torch import Tensor
 from torch.nn import functional as nnf
 
-import torchmargin
 import torchmargin.functional as F
 
 from peers import MARGIN, SCALE, eager
@@ -186,19 +184,7 @@ def main() -> None:
         for rows in options.rows:
             results += measure(rows, options.features, classes, options.runs)
     print(table(results))
-    if options.json:
-        report = {
-            "what": "heads, forward + backward, float32",
-            "torchmargin": torchmargin.__version__,
-            "torch": torch.__version__,
-            "cpu": cpu_name(),
-            "threads": options.threads,
-            "runs": options.runs,
-            "workspace_limit": torchmargin.get_workspace_limit(),
-            "results": results,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report("heads, forward + backward, float32", options, results)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
+
+import torchmargin
 
 MiB = 1 << 20
 SHORTEST = 0.01  # seconds that are timed at a time
@@ -68,3 +73,21 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def write_report(what: str, options: argparse.Namespace, results: list[dict]) -> None:
+    """To --json, where it is given: the figures, and what they were measured with."""
+    if options.json is None:
+        return
+    report = {
+        "what": what,
+        "torchmargin": torchmargin.__version__,
+        "torch": torch.__version__,
+        "cpu": cpu_name(),
+        "threads": options.threads,
+        "runs": options.runs,
+        "workspace_limit": torchmargin.get_workspace_limit(),
+        "results": results,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -262,6 +262,19 @@ def test_same_bits_every_run(limit, compute_dtype):
             assert torch.equal(one, other)
 
 
+def _capture(step):
+    """A graph of the step, and what it writes to."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured
+
+
 @needs_gpu
 @pytest.mark.parametrize("compute_dtype", [None, torch.float16])
 def test_cuda_graph(compute_dtype):
@@ -275,14 +288,7 @@ def test_cuda_graph(compute_dtype):
         )
         return [loss, *gradients(loss, x, w)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = _capture(step)
     for value in (0.3, 0.9):
         with torch.no_grad():
             x.copy_(torch.randn_like(x))
@@ -374,14 +380,7 @@ def test_a_threshold_changes_inside_a_graph():
         loss = F.linear_margin_cross_entropy(x, w, y, scale=32.0, m2=0.3, hard_coefficients=coefficients)
         return [loss, *gradients(loss, x, w)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = _capture(step)
     for t in (0.2, 0.6):
         coefficients[1] = t
         graph.replay()
