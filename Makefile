@@ -83,7 +83,7 @@ test-tsan: setup ## the kernels under ThreadSanitizer
 mutants: install ## bugs planted in the code, which tests must find (MUTANTS=sample: a few)
 	$(WITH_TOOLS) scripts/mutants.sh "$(CURDIR)/$(BUILD)" $(MUTANTS)
 
-demo: install ## every loss on real digits, out/index.html (QUICK=1: one minute)
+demo: install ## every loss on real digits, out/index.html (QUICK=1: one or two minutes)
 	$(BIN)/python -m torchmargin.demo $(if $(QUICK),--quick) $(DEMO_ARGS)
 
 bench: install ## times against eager and torch.compile
