@@ -532,6 +532,19 @@ TEST_F(DeviceSweep, HeadsAgreeWithTheCpu) {
   }
 }
 
+// Classes enough that every warp of a block has some of a row.
+TEST_F(DeviceSweep, TheHardestOfManyClasses) {
+  Case c;
+  c.dtype = at::kDouble;
+  c.classes = 600;
+  LinearProblem p = make_problem(c);
+  p.hardest = 40;
+  const ForwardResult got = sweep_forward(p, {std::nullopt, false, 0}, kDevice);
+  const ForwardResult expected = sweep_forward(p, {std::nullopt, false, 0}, cpu::device());
+  EXPECT_TRUE(at::equal(got.hardest_class, expected.hardest_class));
+  EXPECT_TRUE(at::allclose(got.other_lse, expected.other_lse, /*rtol=*/1e-10, /*atol=*/1e-10));
+}
+
 // The same in the dtypes that train, beside the CPU's in float64 on the same numbers. Data on which nothing flips: each
 // row's threshold lies in the widest gap of its cosines, a class's two centers are opposite each other (so that they
 // are equally near only where they weigh next to nothing), and all of the hardest have one upstream gradient.
