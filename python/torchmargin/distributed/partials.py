@@ -33,7 +33,11 @@ class AmongAll:
 
     def __init__(self, loss: MarginLoss) -> None:
         self.loss = loss
-        self.op = torch.ops.torchmargin._linear_margin_partials
+
+    @property
+    def op(self) -> Any:
+        """What finds them. NB: not kept, for an op cannot be pickled and a head can."""
+        return torch.ops.torchmargin._linear_margin_partials
 
     def sent(self, smoothed: bool, with_statistics: bool) -> dict[str, Any]:
         """What the op is asked for."""
@@ -92,9 +96,9 @@ class AmongAll:
 class AgainstAll(AmongAll):
     """The partials of a logistic loss for each class."""
 
-    def __init__(self, loss: MarginLoss) -> None:
-        super().__init__(loss)
-        self.op = torch.ops.torchmargin._linear_margin_binary_partials
+    @property
+    def op(self) -> Any:
+        return torch.ops.torchmargin._linear_margin_binary_partials
 
     def sent(self, smoothed: bool, with_statistics: bool) -> dict[str, Any]:
         return {}

@@ -5,6 +5,7 @@ process finds with all classes and all rows. How far two runs in float64 may lie
 import copy
 import functools
 import math
+import pickle
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from torchmargin.distributed import (
     step_in_backward,
 )
 
-from ranks import on, outcomes, share
+from ranks import alone, on, outcomes, share
 from rounding import assert_within, monte_carlo
 
 C, D = 13, 8
@@ -164,6 +165,16 @@ def test_logits_and_top1(name):
         torch.testing.assert_close(own, expected, rtol=1e-13, atol=1e-13)
         if len(own):
             assert torch.equal(largest, own.amax(1)) and torch.equal(classes, own.argmax(1))
+
+
+@pytest.mark.parametrize("name", ["SubCenterArcFace", "InterTopK", "SphereFace2"])
+def test_a_head_is_copied_and_pickled(name):
+    x, y = batch()
+    with alone() as mesh:
+        head = ClassParallel(make(name), mesh, blocks=2)
+        for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+            assert torch.equal(other(x, y), head(x, y)) and torch.equal(other.logits(x), head.logits(x))
+            assert all(one is not own for one, own in zip(other.parameters(), head.parameters()))
 
 
 # ---- ties, NaN, and the functions --------------------------------------------------------------------------------
