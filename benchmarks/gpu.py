@@ -23,8 +23,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -217,12 +216,6 @@ def measure(rows: int, classes: int, parameters: str, compute: str, runs: int, c
 # ---- where the time goes -----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def limit(device: str, size: int) -> Iterator[None]:
-    with torchmargin.workspace_limit(size, device):
-        yield
-
-
 def details(runs: int, clock: Clock, report: dict, write: Callable[[], None]) -> None:
     """Cases of their own, each written as soon as it is there."""
     device, small = clock.device, clock.device == "cpu"
@@ -269,7 +262,7 @@ def details(runs: int, clock: Clock, report: dict, write: Callable[[], None]) ->
         record(name, run)
     # Other chunks and more or fewer kept products: the plan follows the workspace.
     for mib in (16, 64, 256, 1024):
-        with limit(device, mib << 20):
+        with torchmargin.workspace_limit(mib << 20, device):
             plan = torchmargin.plan(rows, FEATURES, classes, dtype=torch.float32, device=device, **half)
             record(f"workspace {mib} MiB: chunks of {plan.class_chunk:,}, {plan.kept_classes:,} kept", step())
     if device == "cuda":

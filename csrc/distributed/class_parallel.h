@@ -33,7 +33,8 @@
       compute_dtype, sub_centers, hard_threshold, hard_coefficients, TORCHMARGIN_HARDEST_ARGUMENTS,      \
       TORCHMARGIN_LOSS_ARGUMENTS, TORCHMARGIN_ROWS_OF_RANKS_ARGUMENTS
 
-// As linear_margin_binary_cross_entropy has it; the bias is the same on all ranks.
+// As linear_margin_binary_cross_entropy has it; the bias is the same on all ranks, and a target that is no class of any
+// of them is an error with or without require_target.
 #define TORCHMARGIN_CLASS_PARALLEL_BINARY_SCHEMA \
   TORCHMARGIN_RANKS_SCHEMA TORCHMARGIN_BINARY_OPTIONS_SCHEMA TORCHMARGIN_ROWS_OF_RANKS_SCHEMA
 #define TORCHMARGIN_CLASS_PARALLEL_BINARY_PARAMETERS \

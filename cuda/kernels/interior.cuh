@@ -1,11 +1,11 @@
-// The inside of a tile, where nothing has to be asked: whole 16 bytes of every row, products that only a row factor
-// makes logits, exponentials to base 2. What lies outside goes the general way (tile.cuh). Inline assembly has a twin
-// in C++.
+// The inside of a tile, where nothing has to be asked: whole 16 bytes of every row, products that factors alone make
+// logits, exponentials to base 2. What lies outside goes the general way (tile.cuh). Inline assembly has a twin in C++.
 #pragma once
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
