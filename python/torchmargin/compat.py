@@ -275,11 +275,9 @@ def from_wespeaker(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     `weight` [C, D] or [C K, D]; SphereFace2's `bias` [1, 1] becomes 0-dim. The values are copied.
     """
-    found: dict[str, Tensor] = {}
-    for name in ("weight", "bias"):
-        for key in (f"projection.{name}", name):
-            if key in state_dict and name not in found:
-                found[name] = state_dict[key].detach().clone()
+    prefix = "projection." if "projection.weight" in state_dict else ""
+    names = [name for name in ("weight", "bias") if prefix + name in state_dict]
+    found = {name: state_dict[prefix + name].detach().clone() for name in names}
     if "weight" not in found:
         raise ValueError(
             f"expected a state_dict of a wespeaker projection, with 'projection.weight' or 'weight', but got the keys "

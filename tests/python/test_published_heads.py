@@ -326,7 +326,12 @@ def test_wespeakers_other_heads():
 def test_wespeakers_weights():
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(3 * C, D, generator=generator)
-    for state in ({"weight": weight}, {"projection.weight": weight, "seg_1.weight": torch.zeros(4, 4)}):
+    model = {
+        "projection.weight": weight,
+        "seg_1.weight": torch.zeros(4, 4),
+        "bias": torch.zeros(9),
+    }  # of something else
+    for state in ({"weight": weight}, model):
         ours = compat.wespeaker_arc_margin_intertopk_subcenter(D, C)
         missing = ours.load_state_dict(compat.from_wespeaker(state), strict=False)
         assert not missing.unexpected_keys and torch.equal(ours.weight, weight)
