@@ -23,13 +23,13 @@ def eager(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     sine = (1 - target.square()).clamp(min=0).sqrt()
     psi = target * math.cos(MARGIN) - sine * math.sin(MARGIN)
     psi = torch.where(target > math.cos(math.pi - MARGIN), psi, target - MARGIN * math.sin(MARGIN))
-    return F.cross_entropy(SCALE * cosine.scatter(1, y[:, None], psi), y)
+    return F.cross_entropy(SCALE * cosine.scatter(1, y[:, None], psi.to(cosine.dtype)), y)
 
 
 def insightface_order(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     """The steps in InsightFace's order: clamp, arccos and cos over all of B x C, scale, cross_entropy."""
-    logits = F.linear(F.normalize(x), F.normalize(w)).clamp(-1, 1)
-    rows = torch.arange(len(y))
+    logits = F.linear(F.normalize(x), F.normalize(w)).float().clamp(-1, 1)
+    rows = torch.arange(len(y), device=y.device)
     with torch.no_grad():
         target = logits[rows, y].arccos()
         logits.arccos_()

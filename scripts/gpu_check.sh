@@ -151,6 +151,12 @@ correctness() {
     step pytest 200 env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 TORCHMARGIN_TEST_DEVICE="$DEVICE" \
       "$PYTHON" -m pytest -q -p no:cacheprovider tests/python/test_cuda.py
   fi
+  if [ "$package" = none ]; then
+    skip accuracy "there is no package"
+  else
+    step accuracy 60 "$PYTHON" -W ignore benchmarks/accuracy.py --device "$DEVICE" \
+      $([ "$DEVICE" = cuda ] || echo --classes 300 --rows 32) --json "$REPORT/accuracy.json"
+  fi
   local sanitizer="${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || true)}" tool
   for tool in memcheck racecheck synccheck initcheck; do
     if [ "$DEVICE" = cpu ]; then
@@ -164,12 +170,6 @@ correctness() {
         "$sanitizer" --tool "$tool" --error-exitcode 9 "$GTEST_BINARY" --gtest_filter='Cuda.*'
     fi
   done
-  if [ "$package" = none ]; then
-    skip accuracy "there is no package"
-  else
-    step accuracy 60 "$PYTHON" -W ignore benchmarks/accuracy.py --device "$DEVICE" \
-      $([ "$DEVICE" = cuda ] || echo --classes 300 --rows 32) --json "$REPORT/accuracy.json"
-  fi
 }
 
 speed() {

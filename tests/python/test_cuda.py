@@ -275,6 +275,8 @@ def _capture(step):
     return graph, captured
 
 
+# What a graph captured keeps its nodes, on the stream of the capture.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 @needs_gpu
 @pytest.mark.parametrize("compute_dtype", [None, torch.float16])
 def test_cuda_graph(compute_dtype):
