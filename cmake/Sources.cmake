@@ -6,7 +6,8 @@ set(TORCHMARGIN_GATE_SOURCES
   csrc/ops/checks.cpp
   csrc/ops/margins.cpp
   csrc/ops/problem.cpp
-  csrc/ops/cosine_problem.cpp)
+  csrc/ops/cosine_problem.cpp
+  csrc/ops/logit_bounds.cpp)
 
 set(TORCHMARGIN_OPS_SOURCES
   csrc/ops/schema.cpp
@@ -35,6 +36,7 @@ set(TORCHMARGIN_DISTRIBUTED_SOURCES
 
 # Sizes and traits to plans.
 set(TORCHMARGIN_PLAN_SOURCES
+  csrc/plan/device_traits.cpp
   csrc/plan/sweep_plan.cpp
   csrc/plan/settings.cpp)
 
@@ -95,7 +97,9 @@ set(TORCHMARGIN_PYTHON_SOURCES
 set(TORCHMARGIN_CUDA_SOURCES
   cuda/linear_cuda.cpp
   cuda/cosine_cuda.cpp
-  cuda/labels_cuda.cpp)
+  cuda/labels_cuda.cpp
+  cuda/loss_cuda.cpp
+  cuda/fused_tile.cpp)
 set(TORCHMARGIN_DEVICE_KERNELS
   cuda/kernels/load_rows.cu
   cuda/kernels/accumulate_chunk.cu
@@ -104,11 +108,14 @@ set(TORCHMARGIN_DEVICE_KERNELS
   cuda/kernels/weigh_head.cu
   cuda/kernels/rows.cu
   cuda/kernels/finish_classes.cu
-  cuda/kernels/cosine.cu)
+  cuda/kernels/cosine.cu
+  cuda/kernels/loss.cu)
+set(TORCHMARGIN_HOPPER_KERNELS
+  cuda/hopper/fused_tile.cu)
 
 # From any folder of the project.
 foreach(layer
     GATE_SOURCES OPS_SOURCES DISTRIBUTED_SOURCES PLAN_SOURCES SWEEP_SOURCES CPU_SOURCES CPU_LOOP_SOURCES CPU_KERNEL_SOURCES ROW_KERNEL_DISPATCH
-    ROW_KERNEL_SOURCES API_SOURCES INTROSPECTION_SOURCES PYTHON_SOURCES CUDA_SOURCES DEVICE_KERNELS)
+    ROW_KERNEL_SOURCES API_SOURCES INTROSPECTION_SOURCES PYTHON_SOURCES CUDA_SOURCES DEVICE_KERNELS HOPPER_KERNELS)
   list(TRANSFORM TORCHMARGIN_${layer} PREPEND "${PROJECT_SOURCE_DIR}/")
 endforeach()

@@ -121,6 +121,57 @@ def hot_loops(library: str, architecture: str) -> list[Loop]:
     return found
 
 
+class Fused(NamedTuple):
+    """A kernel that makes a tile's products and what becomes of them (cuda/hopper): counted as a whole."""
+
+    kernel: str
+    instructions: int  # of a thread that multiplies, all branches and the copying thread's with them
+    products: int  # HGMMA
+    fences: int  # that wait for all memory
+    stores: list[str]
+
+    @property
+    def a_logit(self) -> float:
+        return self.instructions / 128  # a thread has so many of a tile's
+
+
+def fused_kernels(library: str) -> list[Fused]:
+    """None where the library is not for Hopper."""
+    if not any("fused_tile_kernel" in each.name for each in kernels(library)):
+        return []
+    text = _run(str(tool("cuobjdump")), "-arch", "sm_90a", "-sass", library)
+    parts = re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", text, re.DOTALL)
+    found = []
+    for name, (_, body) in zip(_short([symbol for symbol, _ in parts]), parts):
+        if "fused_tile_kernel" not in name:
+            continue
+        code = [each for each in re.findall(r"/\*[0-9a-f]{4,}\*/ +(\S.*?) *;", body) if "NOP" not in each]
+        stores = [match[0] for each in code if (match := re.search(r"\bSTG\S*", each))]
+        products = sum("HGMMA" in each for each in code)
+        fences = sum(re.search(r"MEMBAR\S*GPU", each) is not None for each in code)
+        found.append(Fused(name.replace("torchmargin::hopper::", ""), len(code), products, fences, stores))
+    return found
+
+
+# Of the fused kernels, all branches and what a launch needs once with them.
+MOST_FUSED = 30.0  # instructions a logit
+
+
+def fused_faults(found: list[Fused]) -> list[str]:
+    said = []
+    for each in found:
+        writes = each.kernel.split(", ")[1] == "true"  # <Operand, weighs, factors, cluster>
+        if each.a_logit > MOST_FUSED:
+            said.append(f"{each.kernel}: {each.a_logit:.1f} instructions a logit, more than {MOST_FUSED:g}")
+        if each.products < 4:
+            said.append(f"{each.kernel}: {each.products} products by warpgroups")
+        if each.fences > 2:  # those of the cluster's first and last meeting; one in the loop halves the speed
+            said.append(f"{each.kernel}: {each.fences} fences of all memory")
+        if writes and any(".128" not in kind for kind in each.stores):
+            said.append(f"{each.kernel}: expected stores of 16 bytes alone, but got {', '.join(each.stores)}")
+    return said
+
+
 def faults(all_kernels: list[Kernel], loops: list[Loop]) -> list[str]:
     """What is not as it is meant."""
     said = [
@@ -159,6 +210,14 @@ def table(all_kernels: list[Kernel], loops: list[Loop]) -> str:
     return "\n".join(lines)
 
 
+def fused_table(all_kernels: list[Kernel], found: list[Fused]) -> str:
+    registers = {each.name.replace("torchmargin::hopper::", ""): each.registers for each in all_kernels}
+    lines = ["| fused kernel (sm_90a) | registers at its start | instructions a logit, all branches with them |"]
+    lines += ["|---|---|---|"]
+    lines += [f"| `{each.kernel}` | {registers[each.kernel]} | {each.a_logit:.1f} |" for each in found]
+    return "\n".join(lines)
+
+
 def main() -> None:
     library = sys.argv[1]
     for name in ("cuobjdump", "nvdisasm"):
@@ -168,7 +227,9 @@ def main() -> None:
     architectures = sorted({each.architecture for each in all_kernels})
     loops = [loop for architecture in architectures for loop in hot_loops(library, architecture)]
     print(table(all_kernels, loops))
-    wrong = faults(all_kernels, loops)
+    fused = fused_kernels(library)
+    print("\n" + fused_table(all_kernels, fused))
+    wrong = faults(all_kernels, loops) + fused_faults(fused)
     print("\n".join(wrong) if wrong else f"{len(all_kernels)} kernels: nothing spilled")
     sys.exit(bool(wrong))
 

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "ops/margins.h"
+#include "plan/sweep_plan.h"
 #include "torchmargin/presets.h"
 #include "torchmargin/settings.h"
 #include "torchmargin/torchmargin.h"
@@ -165,6 +166,30 @@ Plan choose_plan(
   return {
       cpu ? "cpu-sweep" : "cuda-sweep", plan.lanes,        plan.row_tile,      plan.class_chunk,     plan.input_splits,
       name_of(plan.operand_dtype),      plan.kept_classes, plan.scratch_bytes, plan.workspace_limit, plan.fits};
+}
+
+Plan choose_plan_for_gpu(
+    int64_t rows,
+    int64_t features,
+    int64_t classes,
+    int64_t processors,
+    int64_t l2_bytes,
+    bool fused_tiles) {
+  PlanRequest request{};
+  request.rows = rows;
+  request.features = features;
+  request.classes = classes;
+  request.dtype = c10::ScalarType::Float;
+  request.compute_dtype = c10::ScalarType::Half;
+  request.weight_in_rows = true;
+  request.fused = true;
+  request.calls = 1;
+  request.centers = 1;
+  const GpuShape gpu{processors, l2_bytes, fused_tiles};
+  const SweepPlan made = make_sweep_plan(request, gpu_traits(gpu), c10::DeviceType::CUDA);
+  const ChunkPlan& plan = made.chunks;
+  return {"cuda-sweep", plan.lanes,        plan.row_tile,      plan.class_chunk, plan.input_splits,
+          "float16",    plan.kept_classes, plan.scratch_bytes, made.limit,       plan.fits};
 }
 
 std::map<std::string, Published> published_losses() {

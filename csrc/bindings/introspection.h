@@ -41,6 +41,15 @@ TORCHMARGIN_API Plan choose_plan(
     const std::string& device_type,
     const std::string& compute_dtype);
 
+// The plan of float32 parameters with float16 products on a GPU that need not be here: see plan/device_traits.h.
+TORCHMARGIN_API Plan choose_plan_for_gpu(
+    int64_t rows,
+    int64_t features,
+    int64_t classes,
+    int64_t processors,
+    int64_t l2_bytes,
+    bool fused_tiles);
+
 // The table of presets.h: of each loss, by the name of its module, what it comes with by the names of the options.
 using Published = std::map<std::string, std::variant<bool, int64_t, double, std::string>>;
 TORCHMARGIN_API std::map<std::string, Published> published_losses();

@@ -10,6 +10,7 @@
 #include "cpu/row_kernels.h"
 #include "math/team.h"
 #include "sweep/finish_bodies.h"
+#include "sweep/widen_upstream.h"
 
 namespace torchmargin::cpu {
 namespace {
@@ -141,7 +142,13 @@ void finish_classes_range(const FinishClassesArgs& args, c10::ScalarType acc, in
         } else if (has_contiguous_rows<T>(args.context.input)) {
           finish_contiguous_class<T>(args, j, rows, scratch.data());
         } else {
-          finish_class<decltype(scalar), T, T, T>(args, j, rows, scratch.data(), args.context.features, Alone());
+          const auto for_own_terms = [&](RowsOfClass own, auto body) {
+            for (const int64_t* i = own.begin; i != own.end; ++i) {
+              body(*i, own_term(args, *i));
+            }
+          };
+          finish_class<decltype(scalar), T, T, T>(
+              args, j, j, rows, scratch.data(), args.context.features, Alone(), for_own_terms);
         }
       }
     });
@@ -169,24 +176,9 @@ void finish_rows_range(const FinishRowsArgs& args, c10::ScalarType acc, int64_t 
 void widen_upstream(const WidenUpstreamArgs& args) {
   double largest = 0.0;
   for (int64_t i = 0; i < args.rows; ++i) {
-    const bool alone = args.other_lse[i] == -std::numeric_limits<double>::infinity();
-    const bool present = args.target[i] >= 0 && args.target[i] < args.classes;
-    const double g_z = vector_element(args.grad_logit_sum, i, 0.0);
-    const double g_o = alone ? 0.0 : vector_element(args.grad_other_lse, i, 0.0);
-    args.others[i] = g_o;
-    args.weight_factor[i] = args.scale * g_o;
-    args.own[i] = present ? vector_element(args.grad_target_logit, i, 0.0) + g_z : 0.0;
-    if (args.sum != nullptr) {
-      args.sum[i] = g_z;
-    }
-    const double size = std::fabs(g_o);
-    largest = size > largest || std::isnan(size) ? size : largest;
+    largest = larger_size(largest, widen_row(args, i));
   }
-  // 2^-exponent brings it to [1/2, 1), exactly.
-  int exponent = 0;
-  std::frexp(largest, &exponent);
-  const double scale = std::ldexp(1.0, -exponent);
-  *args.operand_scale = largest > 0.0 && std::isfinite(largest) && std::isfinite(scale) ? scale : 1.0;
+  *args.operand_scale = operand_scale_of(args, largest);
 }
 
 } // namespace torchmargin::cpu

@@ -5,7 +5,8 @@
 //
 // It is an op with a backward of its own because of rows that count for nothing: autograd's would make 0 * NaN of a
 // row that holds NaN and has no upstream gradient (a masked loss), and every row of grad_weight would hold it. On the
-// CPU both are one loop (cpu/cross_entropy_cpu.cpp); elsewhere they are made of ATen's ops, which stand here.
+// CPU both are one loop (cpu/cross_entropy_cpu.cpp), on CUDA a kernel; elsewhere they are made of ATen's ops, which
+// stand here.
 #include "ops/cross_entropy.h"
 
 #include <ATen/Functions.h>

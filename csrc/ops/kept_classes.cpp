@@ -1,5 +1,6 @@
 #include "ops/kept_classes.h"
 
+#include "ops/logit_bounds.h"
 #include "plan/sweep_plan.h"
 
 namespace torchmargin {
@@ -23,8 +24,9 @@ int64_t choose_kept_classes(const LinearProblem& problem, int64_t calls) {
        .weight_in_rows = has_contiguous_rows(weight),
        .wide = problem.binary.kind == BinaryKind::angle,
        .calls = calls,
-       .centers = problem.sub_centers},
-      traits_of(weight.device().type()), weight.device().type());
+       .centers = problem.sub_centers,
+       .fused = fits_fused_tiles(problem)},
+      traits_of(weight.device()), weight.device().type());
   return plan.chunks.kept_classes;
 }
 

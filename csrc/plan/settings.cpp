@@ -58,8 +58,13 @@ Plan plan(
       "torchmargin: expected compute_dtype float16, bfloat16 or float32, with dtype float32 only, but got ",
       compute_dtype.value_or(ScalarType::Undefined), " with ", dtype);
   const SweepPlan made = make_sweep_plan(
-      {.rows = batch, .features = features, .classes = classes, .dtype = dtype, .compute_dtype = compute_dtype},
-      traits_of(device), device);
+      {.rows = batch,
+       .features = features,
+       .classes = classes,
+       .dtype = dtype,
+       .compute_dtype = compute_dtype,
+       .fused = dtype != ScalarType::BFloat16 || features % 8 == 0},
+      traits_of(c10::Device(device)), device);
   const ChunkPlan& chosen = made.chunks;
   return {
       .lanes = chosen.lanes,

@@ -24,6 +24,7 @@ struct PlanRequest {
   bool wide = false; // products are made in acc, whatever is allowed
   int64_t calls = 1; // that hold what they keep at the same time
   int64_t centers = 1; // K: weights of each class
+  bool fused = false; // its tiles are fit for FusedTileArgs, if the device has such
 };
 
 struct SweepPlan {

@@ -93,7 +93,7 @@ Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& gi
   std::vector<at::Tensor> winner_buffers;
   if (kept < loop.sizes().classes) {
     input.emplace(loop, record.row_state);
-    for (int64_t lane = 0; lane < loop.plan().lanes; ++lane) {
+    for (int64_t lane = 0; lane < loop.plan().lanes && !loop.fused(); ++lane) {
       products_buffers.push_back(
           loop.operands().dtype == loop.acc() ? sweep.weights_buffer(lane) : loop.tile_buffer(loop.acc()));
       winner_buffers.push_back(loop.winner_buffer());
@@ -103,8 +103,8 @@ Gradients sweep_backward(const LinearProblem& problem, const BackwardRequest& gi
     const auto& [lane, rows, classes, weight, weights, times_class_factors, of_bias] = wanted;
     const bool made = classes.begin < kept; // and only read
     Tile tile = loop.tile(
-        rows, classes, record, factors, made, made ? at::Tensor() : products_buffers[lane],
-        made ? at::Tensor() : winner_buffers[lane]);
+        rows, classes, record, factors, made, made || loop.fused() ? at::Tensor() : products_buffers[lane],
+        made || loop.fused() ? at::Tensor() : winner_buffers[lane]);
     tile.class_operand = weight;
     if (!made) {
       tile.row_operand = input->tile(rows);

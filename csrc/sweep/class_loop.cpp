@@ -4,10 +4,10 @@
 #include <ATen/TensorOperators.h>
 #include <c10/util/Exception.h>
 
-#include <cmath>
 #include <limits>
 #include <tuple>
 
+#include "ops/logit_bounds.h"
 #include "sweep/raw.h"
 
 namespace torchmargin {
@@ -33,11 +33,9 @@ at::Tensor unit_power_of_two(const ClassLoop& loop) {
   return at::where(at::isfinite(scale), scale, at::ones_like(scale));
 }
 
-// scale * log2(e) + log2(C) < 127, and no exp(-scale) below the smallest normal number.
-bool sums_are_bounded(const LinearProblem& problem) {
-  const double scale = problem.margins.parameters.scale;
-  return problem.normalize_input && problem.normalize_weight && !problem.bias.has_value() && scale <= 71.0 &&
-      scale * 1.4426950408889634 + std::log2(static_cast<double>(class_count(problem))) < 127.0;
+// Or it is copied before it is read.
+bool begins_at_16_bytes(const at::Tensor& matrix) {
+  return matrix.scalar_type() != at::kBFloat16 || reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 16 == 0;
 }
 
 } // namespace
@@ -74,7 +72,9 @@ ClassLoop::ClassLoop(
            .weight_in_rows = has_contiguous_rows(problem.weight),
            // NB: slopes past what 16 bits hold, where the angle is next to nothing.
            .wide = operands == Operands::wide || problem.binary.kind == BinaryKind::angle,
-           .centers = problem.sub_centers},
+           .centers = problem.sub_centers,
+           .fused =
+               fits_fused_tiles(problem) && begins_at_16_bytes(problem.input) && begins_at_16_bytes(problem.weight)},
           device.traits,
           problem.input.device().type())),
       bounded_(sums_are_bounded(problem)) {
@@ -131,21 +131,42 @@ at::Tensor ClassLoop::load_weight(
   // NB: the sum is made of rows times the norms that are written here.
   TORCH_INTERNAL_ASSERT(weight_sum == nullptr || norms != nullptr || !problem_.normalize_weight);
   if (converts || norms != nullptr || weight_sum != nullptr) {
-    kernels().load_rows(
-        {.rows = raw_matrix(rows),
-         .row_count = classes.count,
-         .features = sizes().features,
-         .measured = problem_.normalize_weight,
-         .out = converts ? operand.data_ptr() : nullptr,
-         .out_dtype = operands().dtype,
-         .out_row_stride = operand.stride(0),
-         .to_unit = operands().unit_vectors && problem_.normalize_weight,
-         .operand_scale = pointer<double>(weight_scale_),
-         .inverse_norms = norms,
-         .sum = weight_sum},
-        acc());
+    LoadRowsArgs args = conversion(rows, operand);
+    args.out = converts ? args.out : nullptr;
+    args.inverse_norms = norms;
+    args.sum = weight_sum;
+    kernels().load_rows(args, acc());
   }
   return operand;
+}
+
+// The norms were taken by the forward; a CPU takes them again as it goes.
+at::Tensor ClassLoop::reload_weight(Range classes_of_chunk, const at::Tensor& buffer, const at::Tensor& inverse_norms)
+    const {
+  const Range classes = weight_rows(classes_of_chunk);
+  if (!traits().reads_any_rows || !sizes().convert_weight || !problem_.normalize_weight) {
+    return load_weight(classes_of_chunk, buffer);
+  }
+  const at::Tensor operand = columns_of(rows_of(buffer, {0, classes.count}), {0, sizes().features});
+  LoadRowsArgs args = conversion(rows_of(problem_.weight, classes), operand);
+  args.given_norms = rows_of(inverse_norms, classes).data_ptr();
+  kernels().load_rows(args, acc());
+  return operand;
+}
+
+// Rows of the weight to an operand.
+LoadRowsArgs ClassLoop::conversion(const at::Tensor& rows, const at::Tensor& operand) const {
+  LoadRowsArgs args{};
+  args.rows = raw_matrix(rows);
+  args.row_count = rows.size(0);
+  args.features = sizes().features;
+  args.measured = problem_.normalize_weight;
+  args.out = operand.data_ptr();
+  args.out_dtype = operands().dtype;
+  args.out_row_stride = operand.stride(0);
+  args.to_unit = operands().unit_vectors && problem_.normalize_weight;
+  args.operand_scale = pointer<double>(weight_scale_);
+  return args;
 }
 
 at::Tensor ClassLoop::tile_buffer(at::ScalarType dtype) const {
@@ -219,7 +240,7 @@ Tile ClassLoop::tile(
       tile.products = tile.planes.products.select(1, 0);
       tile.planes.winner = winner_buffer.defined() ? tile_in(winner_buffer, rows, classes) : at::Tensor();
     }
-  } else if (!kept) {
+  } else if (!kept && !fused()) {
     tile.products = tile_in(products_buffer, rows, classes);
   }
   tile.logits = describe(tile.products, rows, classes, record.inverse_norms, row_factors);
@@ -251,8 +272,8 @@ ProductsTile ClassLoop::describe(
     const at::Tensor& inverse_norms,
     const at::Tensor& row_factors) const {
   return {
-      .products = products.data_ptr(),
-      .row_stride = products.stride(0),
+      .products = pointer(products),
+      .row_stride = products.defined() ? products.stride(0) : 0,
       .row_count = rows.count,
       .class_count = classes.count,
       .first_class = classes.begin,

@@ -79,6 +79,10 @@ class ClassLoop {
   bool bounded() const {
     return bounded_;
   }
+  // Tiles are those of FusedTileArgs, but for kept ones.
+  bool fused() const {
+    return sizes().fused;
+  }
   // The power of two that operands of weights which are not normalised were multiplied by, [1] float64; or
   // undefined: 1.
   const at::Tensor& weight_scale() const {
@@ -134,6 +138,8 @@ class ClassLoop {
       const at::Tensor& buffer,
       const at::Tensor& inverse_norms = at::Tensor(),
       double* weight_sum = nullptr) const;
+  // The same weights again, whose norms are known.
+  at::Tensor reload_weight(Range classes, const at::Tensor& buffer, const at::Tensor& inverse_norms) const;
   // Room for one chunk of converted weights; undefined where none are.
   at::Tensor weight_buffer() const;
 
@@ -148,7 +154,7 @@ class ClassLoop {
   at::Tensor winner_buffer() const;
 
   // A tile without its operands. Its products (with sub-centers the largest cosines, and their winners) are among what
-  // is kept, or go to a lane's buffers; an undefined buffer is not needed.
+  // is kept, or go to a lane's buffers, or are undefined where the tile is fused; an undefined buffer is not needed.
   Tile tile(
       Range rows,
       Range classes,
@@ -190,6 +196,8 @@ class ClassLoop {
   TargetRows target_rows(const std::optional<at::Tensor>& given_state) const;
 
  private:
+  LoadRowsArgs conversion(const at::Tensor& rows, const at::Tensor& operand) const;
+
   const LinearProblem& problem_;
   const Device& device_;
   at::TensorOptions options_;

@@ -21,7 +21,9 @@ struct CenterPlanes {
 struct Tile {
   at::Tensor row_operand; // [R, D]; undefined where the products are there already (kept by the forward)
   at::Tensor class_operand; // [n K, D]
-  at::Tensor products; // [R, n] acc: where the raw products are, or go; with K > 1 the largest cosines
+  // [R, n] acc: where the raw products are, or go; with K > 1 the largest cosines. Undefined: the tile is one of
+  // FusedTileArgs.
+  at::Tensor products;
   ProductsTile logits; // the same products, and what makes logits of them
   CenterPlanes planes;
 };
@@ -63,6 +65,10 @@ struct Scoring {
   int64_t* top_class = nullptr;
   BinaryForm binary = {}; // one against all: the sums are those of AddBinaryArgs, in their order there
   const void* binary_bias = nullptr;
+  // Where a fused tile's sums go instead: see FusedTileArgs.
+  double* set_sum = nullptr;
+  double* set_maximum = nullptr;
+  int64_t set_stride = 0;
 };
 
 struct TileSteps {

@@ -100,22 +100,49 @@ TORCHMARGIN_HOST_DEVICE void finish_bias(const FinishClassesArgs& args, int64_t 
   bias = static_cast<T>(gradient);
 }
 
-// The products of class `local` of the chunk to its row of grad_weight. `scratch` holds `slice`
-// features at a time; a member of the team touches only its own. Weight: the element of args.weight, Out:
-// of grad_weight.
-template <typename Scalar, typename T, typename Weight, typename Out, typename Team>
+// What a row adds to the gradient of its own class.
+struct OwnTerm {
+  double upstream; // 0: nothing, whatever the row holds
+  double factor;
+  double radial;
+  double dtheta;
+  double inverse_x;
+  Angle angle;
+};
+
+TORCHMARGIN_HOST_DEVICE inline OwnTerm own_term(const FinishClassesArgs& args, int64_t row) {
+  const TargetContext& context = args.context;
+  OwnTerm term{};
+  term.upstream = args.upstream.own[row];
+  if (term.upstream != 0.0) {
+    const TargetRow target = evaluate_target(context, row, args.state[row]);
+    term.factor = context.margin.scale * term.upstream * target.alpha * target.b;
+    term.radial = context.normalize_weight ? 0.0 : target.margin.psi;
+    term.dtheta = target.margin.dtheta;
+    term.inverse_x = target.inverse_x;
+    term.angle = target.angle;
+  }
+  return term;
+}
+
+// Row `place` of the products to the gradient of class `local` of the chunk. `scratch` holds `slice` features at a
+// time; a member of the team touches only its own. for_own_terms(rows, body) calls body(row, its OwnTerm) for each, in
+// order. Weight: the element of args.weight, Out: of grad_weight.
+template <typename Scalar, typename T, typename Weight, typename Out, typename Team, typename ForOwnTerms>
 TORCHMARGIN_HOST_DEVICE void finish_class(
     const FinishClassesArgs& args,
+    int64_t place,
     int64_t local,
     RowsOfClass rows,
     double* scratch,
     int64_t slice,
-    const Team& team) {
+    const Team& team,
+    const ForOwnTerms& for_own_terms) {
   const TargetContext& context = args.context;
   const Reader<Scalar> x(context.input);
   const Reader<Weight> w(args.weight);
   const int64_t features = context.features;
-  const T* const products = static_cast<const T*>(args.products) + local * args.products_row_stride;
+  const T* const products = static_cast<const T*>(args.products) + place * args.products_row_stride;
   Out* const out = static_cast<Out*>(args.grad_weight) + local * features;
 
   const double inverse_w = inverse_norm(squared_norm(w, local, features, team));
@@ -162,19 +189,12 @@ TORCHMARGIN_HOST_DEVICE void finish_class(
     for (int64_t k = first + team.rank; context.normalize_weight && k < last; k += team.size) {
       scratch[k - first] -= along * unit_w(k);
     }
-    for (const int64_t* i = rows.begin; i != rows.end; ++i) {
-      const double upstream = args.upstream.own[*i];
-      if (upstream == 0.0) {
-        continue;
+    for_own_terms(rows, [&](int64_t row, const OwnTerm& own) {
+      for (int64_t k = first + team.rank; own.upstream != 0.0 && k < last; k += team.size) {
+        const double tangent = own.angle.tangent(unit_w(k), own.inverse_x * x(row, k));
+        scratch[k - first] += own.factor * (own.radial * unit_w(k) - own.dtheta * tangent);
       }
-      const TargetRow target = evaluate_target(context, *i, args.state[*i]);
-      const double factor = context.margin.scale * upstream * target.alpha * b;
-      const double radial = context.normalize_weight ? 0.0 : target.margin.psi;
-      for (int64_t k = first + team.rank; k < last; k += team.size) {
-        const double tangent = target.angle.tangent(unit_w(k), target.inverse_x * x(*i, k));
-        scratch[k - first] += factor * (radial * unit_w(k) - target.margin.dtheta * tangent);
-      }
-    }
+    });
     for (int64_t k = first + team.rank; k < last; k += team.size) {
       out[k] = static_cast<Out>(scratch[k - first]);
     }

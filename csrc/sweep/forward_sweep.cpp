@@ -77,6 +77,36 @@ class LaneSums {
   at::Tensor top_logit_, top_class_;
 };
 
+// Where fused tiles add their sums: [sets, B] each, or nothing.
+class FusedSets {
+ public:
+  FusedSets(const ClassLoop& loop, bool wanted) : sets_(wanted ? loop.traits().tile.processors : 0) {
+    if (wanted) {
+      sum_ = loop.double_zeros({sets_, loop.sizes().rows});
+      maximum_ = at::full_like(sum_, -std::numeric_limits<double>::infinity());
+    }
+  }
+  double* sum(int64_t row) const {
+    return sets_ > 0 ? pointer<double>(sum_) + row : nullptr;
+  }
+  double* maximum(int64_t row) const {
+    return sets_ > 0 ? pointer<double>(maximum_) + row : nullptr;
+  }
+  void fold(const ClassLoop& loop, bool first, RunningSums sums) const {
+    loop.kernels().fold_sets(
+        {.rows = loop.sizes().rows,
+         .sets = sets_,
+         .sum = pointer<double>(sum_),
+         .maximum = pointer<double>(maximum_),
+         .first = first,
+         .sums = sums});
+  }
+
+ private:
+  int64_t sets_;
+  at::Tensor sum_, maximum_;
+};
+
 // One against all: the lanes' sums, in order.
 void finish_binary(const ClassLoop& loop, const at::Tensor& sums, ForwardResult& result) {
   result.other_lse = sums.select(0, 0).sum(0);
@@ -160,7 +190,9 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
   const RowOperand input(loop, record.row_state);
   InputNorms norms(loop);
   const at::Tensor factors = row_factors(loop, norms);
-  std::vector<Lane> lanes = make_lanes(loop, /*with_products=*/kept < sizes.classes || loop.centers() > 1);
+  const bool fused = loop.fused() && kept < sizes.classes;
+  std::vector<Lane> lanes = make_lanes(loop, /*with_products=*/(kept < sizes.classes && !fused) || loop.centers() > 1);
+  const FusedSets sets(loop, fused);
   loop.for_each_chunk(kept, [&](int64_t lane, Range classes) {
     const at::Tensor weight = loop.load_weight(
         classes, lanes[lane].weight_buffer, record.inverse_norms, pointer<double>(weight_sums.select(0, lane)));
@@ -182,10 +214,17 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
            .top_logit = sums.top_logit(first),
            .top_class = sums.top_class(first),
            .binary = problem.binary,
-           .binary_bias = problem.bias.has_value() ? loop.bias()->data_ptr() : nullptr});
+           .binary_bias = problem.bias.has_value() ? loop.bias()->data_ptr() : nullptr,
+           .set_sum = sets.sum(rows.begin),
+           .set_maximum = sets.maximum(rows.begin),
+           .set_stride = sizes.rows});
     });
-    lanes[lane].begun = true;
+    lanes[lane].begun = lanes[lane].begun || !fused || classes.begin < kept; // a fused tile's sums are elsewhere
   });
+  if (fused) {
+    sets.fold(loop, /*first=*/!lanes[0].begun, sums.from(0));
+    lanes[0].begun = true;
+  }
 
   // NB: a lane without a chunk would leave its running sums unwritten; the plan gives each several.
   TORCH_INTERNAL_ASSERT(std::all_of(lanes.begin(), lanes.end(), [](const Lane& lane) { return lane.begun; }));

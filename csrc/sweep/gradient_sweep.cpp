@@ -48,6 +48,9 @@ void GradientSweep::allocate() {
           {0, sizes_.features});
     }
   }
+  if (want_weight_ && loop_.kernels().finish_own_classes != nullptr) {
+    own_products_ = loop_.empty({sizes_.rows, sizes_.features});
+  }
   if (want_weight_) {
     grad_weight_ = loop_.empty(problem_.weight.sizes(), problem_.weight.scalar_type());
   }
@@ -94,6 +97,9 @@ void GradientSweep::run(int64_t kept_classes, InputNorms& norms, const Weigh& we
     bias_factor_ = (upstream_.others * upstream_.operand_scale).to(loop_.operands().dtype);
   }
   loop_.for_each_chunk(kept_classes, [&](int64_t lane, Range classes) { sweep_chunk(lane, classes, weigh); });
+  if (want_weight_ || want_bias_) {
+    finish_own_classes();
+  }
   for (Lane& lane : lanes_) {
     if (want_input_ && !lane.has_input_products) {
       lane.input_products.zero_();
@@ -103,7 +109,7 @@ void GradientSweep::run(int64_t kept_classes, InputNorms& norms, const Weigh& we
 
 void GradientSweep::sweep_chunk(int64_t place, Range classes, const Weigh& weigh) {
   Lane& lane = lanes_[place];
-  const at::Tensor weight = loop_.load_weight(classes, lane.weight_buffer);
+  const at::Tensor weight = loop_.reload_weight(classes, lane.weight_buffer, record_.inverse_norms);
   at::Tensor products; // [class_count K, D] for the chunk's grad_weight
   if (want_weight_) {
     products = rows_of(lane.weight_products, {0, loop_.weight_rows(classes).count});
@@ -150,63 +156,81 @@ void GradientSweep::multiply_bias(Range rows, Range classes, const at::Tensor& w
   }
 }
 
-// Where a class has several rows of the weight.
-void GradientSweep::finish_bias(Range classes) const {
-  loop_.kernels().finish_classes(
-      {.context = loop_.context(),
-       .state = row_state(record_.row_state),
-       .upstream =
-           {pointer<double>(upstream_.others), pointer<double>(upstream_.own), pointer<double>(upstream_.bias_sum)},
-       .first_class = classes.begin,
-       .class_count = classes.count,
-       .products = nullptr,
-       .products_row_stride = 0,
-       .products_lack_norms = false,
-       .grad_weight = nullptr,
-       .weight = raw_matrix(problem_.weight),
-       .inverse_norms = nullptr,
-       .bias_products = rows_of(bias_products_, classes).data_ptr(),
-       .products_scale = weight_products_scale_.data_ptr<double>(),
-       .input_sum = nullptr,
-       .logit_sum_total = pointer<double>(logit_sum_total_),
-       .sorted_target = pointer<int64_t>(sorted_class_),
-       .sorted_row = pointer<int64_t>(sorted_row_of_class_),
-       .rows = sizes_.rows},
-      loop_.acc());
+// Of classes that are rows of the weight, or of classes themselves; nothing is wanted yet.
+FinishClassesArgs GradientSweep::class_arguments(Range classes) const {
+  FinishClassesArgs args{};
+  args.context = loop_.context();
+  args.state = row_state(record_.row_state);
+  args.upstream = upstream_.pointers();
+  args.first_class = classes.begin;
+  args.class_count = classes.count;
+  args.products_lack_norms = loop_.operands().unit_vectors && problem_.normalize_weight;
+  args.products_scale = weight_products_scale_.data_ptr<double>();
+  args.input_sum = pointer<double>(input_sum_);
+  args.logit_sum_total = pointer<double>(logit_sum_total_);
+  args.sorted_target = pointer<int64_t>(sorted_target_);
+  args.sorted_row = pointer<int64_t>(sorted_row_);
+  args.rows = sizes_.rows;
+  return args;
+}
+
+// Of the bias alone, where a class has several rows of the weight.
+FinishClassesArgs GradientSweep::bias_arguments(Range classes) const {
+  FinishClassesArgs args = class_arguments(classes);
+  args.upstream.sum = pointer<double>(upstream_.bias_sum);
+  args.weight = raw_matrix(problem_.weight);
+  args.bias_products = rows_of(bias_products_, classes).data_ptr();
+  args.input_sum = nullptr;
+  args.sorted_target = pointer<int64_t>(sorted_class_);
+  args.sorted_row = pointer<int64_t>(sorted_row_of_class_);
+  return args;
+}
+
+// The products of some rows of the weight, or of none, and where their gradients go.
+FinishClassesArgs GradientSweep::weight_arguments(
+    Range classes,
+    const at::Tensor& products,
+    const at::Tensor& weight,
+    const at::Tensor& to) const {
+  FinishClassesArgs args = class_arguments(classes);
+  args.products = pointer(products);
+  args.products_row_stride = products.defined() ? products.stride(0) : 0;
+  args.grad_weight = pointer(to);
+  args.weight = raw_matrix(weight);
+  args.inverse_norms = problem_.normalize_weight ? rows_of(record_.inverse_norms, classes).data_ptr() : nullptr;
+  args.bias_products = want_bias_ && loop_.centers() == 1 ? rows_of(bias_products_, classes).data_ptr() : nullptr;
+  args.own_products = pointer(own_products_);
+  return args;
 }
 
 void GradientSweep::finish_chunk(Range classes_of_chunk, const at::Tensor& weight, const at::Tensor& products) const {
-  const bool with_bias = want_bias_ && loop_.centers() == 1;
-  if (want_bias_ && !with_bias) {
-    finish_bias(classes_of_chunk);
+  const SweepKernels& kernels = loop_.kernels();
+  if (want_bias_ && loop_.centers() > 1) {
+    kernels.finish_classes(bias_arguments(classes_of_chunk), loop_.acc());
   }
   const Range classes = loop_.weight_rows(classes_of_chunk);
   const bool any_rows = loop_.traits().reads_any_rows;
   const bool in_place = sizes_.widen_gradients && !any_rows;
   const at::Tensor to = !want_weight_ || in_place ? products : rows_of(grad_weight_, classes);
-  loop_.kernels().finish_classes(
-      {.context = loop_.context(),
-       .state = row_state(record_.row_state),
-       .upstream = upstream_.pointers(),
-       .first_class = classes.begin,
-       .class_count = classes.count,
-       .products = pointer(products),
-       .products_row_stride = want_weight_ ? products.stride(0) : 0,
-       .products_lack_norms = loop_.operands().unit_vectors && problem_.normalize_weight,
-       .grad_weight = pointer(to),
-       .weight = raw_matrix(any_rows ? rows_of(problem_.weight, classes) : weight),
-       .inverse_norms = problem_.normalize_weight ? rows_of(record_.inverse_norms, classes).data_ptr() : nullptr,
-       .bias_products = with_bias ? rows_of(bias_products_, classes).data_ptr() : nullptr,
-       .products_scale = weight_products_scale_.data_ptr<double>(),
-       .input_sum = pointer<double>(input_sum_),
-       .logit_sum_total = pointer<double>(logit_sum_total_),
-       .sorted_target = pointer<int64_t>(sorted_target_),
-       .sorted_row = pointer<int64_t>(sorted_row_),
-       .rows = sizes_.rows},
-      loop_.acc());
+  kernels.finish_classes(
+      weight_arguments(classes, products, any_rows ? rows_of(problem_.weight, classes) : weight, to), loop_.acc());
   if (want_weight_ && in_place) {
     rows_of(grad_weight_, classes).copy_(products);
   }
+}
+
+// Where the device leaves out the classes that have rows: those of all chunks.
+void GradientSweep::finish_own_classes() const {
+  const SweepKernels& kernels = loop_.kernels();
+  if (kernels.finish_own_classes == nullptr) {
+    return;
+  }
+  const Range all{0, sizes_.classes};
+  if (want_bias_ && loop_.centers() > 1) {
+    kernels.finish_own_classes(bias_arguments(all), loop_.acc());
+  }
+  kernels.finish_own_classes(
+      weight_arguments(loop_.weight_rows(all), own_products_, problem_.weight, grad_weight_), loop_.acc());
 }
 
 // V of all rows, times the scale that is left in it: the sum of slices (into fresh memory, for this becomes the

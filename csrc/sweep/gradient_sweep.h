@@ -71,7 +71,11 @@ class GradientSweep {
   void sweep_chunk(int64_t lane, Range classes, const Weigh& weigh);
   void multiply_bias(Range rows, Range classes, const at::Tensor& weights) const;
   void finish_chunk(Range classes, const at::Tensor& weight, const at::Tensor& products) const;
-  void finish_bias(Range classes) const;
+  FinishClassesArgs class_arguments(Range classes) const;
+  FinishClassesArgs bias_arguments(Range classes) const;
+  FinishClassesArgs
+  weight_arguments(Range classes, const at::Tensor& products, const at::Tensor& weight, const at::Tensor& to) const;
+  void finish_own_classes() const;
   at::Tensor sum_input_products() const;
 
   const ClassLoop& loop_;
@@ -88,6 +92,7 @@ class GradientSweep {
   at::Tensor weight_products_scale_; // [1] of the products of grad_weight and grad_bias
   at::Tensor bias_products_; // [C] acc, becomes grad_bias
   at::Tensor grad_weight_; // [C, D]
+  at::Tensor own_products_; // [B, D] acc: of classes that have rows, where the device finishes them by themselves
   at::Tensor input_sum_; // R [D]
   at::Tensor logit_sum_total_; // 0-dim
   at::Tensor sorted_target_, sorted_row_; // [B]: the rows of the weight that stand for the targets, and whose they are

@@ -69,6 +69,7 @@ struct LoadRowsArgs {
   const double* row_factor = nullptr; // [row_count] or nullptr: 1; a row with 0 counts as 0, whatever it holds
   const double* operand_scale = nullptr; // [1] or nullptr: 1; a row factor below 2^-90 with it is 0
   void* inverse_norms = nullptr; // [row_count] acc, or nullptr
+  const void* given_norms = nullptr; // [row_count] acc, or nullptr: inverse norms that were taken before, on a GPU
   // [D] += rows times inverse norms times row_factor, or nullptr. NB: if `measured`, it needs inverse_norms.
   double* sum = nullptr;
 };
@@ -161,6 +162,43 @@ struct SoftmaxChunkArgs {
   bool sum_of_changes = false;
   const HardRow* hard = nullptr; // [row_count], or nullptr: n' = 1
   bool slopes = true; // false: n' = 1 (for the gradient of a bias), though the logits change
+};
+
+// A tile's product and what is made of it in one kernel: the logits are never written. The tile has no bias, and its
+// products are not read.
+//
+// out == nullptr: exp(z) is added to sums, as AccumulateChunkArgs has it if `bounded` and plain, with a scale above 0
+// and without row factors where there are no class factors. Else the weights are written, as SoftmaxChunkArgs has Q.
+struct FusedTileArgs {
+  ProductsTile tile;
+  c10::ScalarType dtype; // of both operands: float16 or bfloat16
+  // [row_count, features] and [class_count, features]: rows begin at 16 bytes
+  const void* row_operand;
+  int64_t row_operand_stride;
+  const void* class_operand;
+  int64_t class_operand_stride;
+  int64_t features;
+  // [sets, set_stride] each, added to: sums of exp(z), and the largest logits. Which set a tile's part goes to is the
+  // device's choice, the same every time.
+  double* sum = nullptr;
+  double* maximum = nullptr;
+  int64_t set_stride = 0;
+  const double* other_lse = nullptr; // these as SoftmaxChunkArgs has them
+  const double* upstream = nullptr;
+  bool times_class_factors = false;
+  void* out = nullptr; // of dtype; rows begin at 16 bytes, and padding to 16 bytes at their end is written
+  int64_t out_row_stride = 0;
+  double out_scale = 1.0;
+};
+
+// Adds the sets of FusedTileArgs, in order, to a row's running sums.
+struct FoldSetsArgs {
+  int64_t rows;
+  int64_t sets;
+  const double* sum; // [sets, rows]
+  const double* maximum;
+  bool first; // the running sums hold nothing yet, and are not read
+  RunningSums sums;
 };
 
 // One against all: adds log(1 + exp(z)) of a tile to each row's sums, z = scale N(c) + bias with cosines c; the
@@ -278,7 +316,10 @@ struct WidenUpstreamArgs {
   double* own;
   double* sum; // or nullptr where there is no grad_logit_sum
   double* weight_factor; // scale g_o
-  double* operand_scale; // [1] that of acc operands
+  double*
+      operand_scale; // [1] the power of two that brings the largest |g_o| to [least / 2, least); 1 where there is none
+  double least = 1.0;
+  bool of_weight_factor = false; // the largest |weight_factor|, in place of |g_o|
 };
 
 // Turns the products into rows [first_class, first_class + class_count) of grad_weight and
@@ -304,6 +345,9 @@ struct FinishClassesArgs {
   const int64_t* sorted_target; // [B] targets in rising order
   const int64_t* sorted_row; // [B] their rows
   int64_t rows; // B
+  // [B, D] acc, on a GPU where there are products: of a class that has rows the products go here, to the place of its
+  // first one among the sorted, and finish_own_classes does the rest for all chunks at once.
+  void* own_products = nullptr;
 };
 
 // Turns V into grad_input, and gives the gradients of sample_m2 and sample_m3.
@@ -332,7 +376,13 @@ struct SweepKernels {
   void (*add_binary)(const AddBinaryArgs&, c10::ScalarType acc);
   void (*weigh_binary)(const WeighBinaryArgs&, c10::ScalarType acc);
   void (*softmax_chunk)(const SoftmaxChunkArgs&, c10::ScalarType acc);
+  // nullptr: there are none, see DeviceTraits::fused_tiles.
+  void (*fused_tile)(const FusedTileArgs&);
+  void (*fold_sets)(const FoldSetsArgs&);
   void (*finish_classes)(const FinishClassesArgs&, c10::ScalarType acc);
+  // The classes that have rows, once for all chunks: products = own_products, all else of the whole weight. nullptr:
+  // finish_classes does them too.
+  void (*finish_own_classes)(const FinishClassesArgs&, c10::ScalarType acc);
   void (*finish_rows)(const FinishRowsArgs&, c10::ScalarType acc);
   // nullptr: ATen's ops do it.
   void (*widen_upstream)(const WidenUpstreamArgs&);

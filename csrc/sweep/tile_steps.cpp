@@ -108,7 +108,27 @@ void make_products(const SweepKernels& kernels, const Tile& tile) {
       tile.products.scalar_type());
 }
 
+FusedTileArgs fused_tile(const Tile& tile) {
+  FusedTileArgs args{};
+  args.tile = tile.logits;
+  args.dtype = tile.row_operand.scalar_type();
+  args.row_operand = tile.row_operand.data_ptr();
+  args.row_operand_stride = tile.row_operand.stride(0);
+  args.class_operand = tile.class_operand.data_ptr();
+  args.class_operand_stride = tile.class_operand.stride(0);
+  args.features = tile.row_operand.size(1);
+  return args;
+}
+
 void score(const SweepKernels& kernels, const Tile& tile, const Scoring& scoring) {
+  if (!tile.products.defined()) {
+    FusedTileArgs args = fused_tile(tile);
+    args.sum = scoring.set_sum;
+    args.maximum = scoring.set_maximum;
+    args.set_stride = scoring.set_stride;
+    kernels.fused_tile(args);
+    return;
+  }
   make_products(kernels, tile);
   if (scoring.binary.kind != BinaryKind::none) {
     kernels.add_binary(
@@ -220,6 +240,17 @@ void weigh_binary(
 }
 
 void weigh(const SweepKernels& kernels, const Tile& tile, const Weighing& weighing, const at::Tensor& weights) {
+  if (!tile.products.defined()) {
+    FusedTileArgs args = fused_tile(tile);
+    args.other_lse = weighing.other_lse;
+    args.upstream = weighing.upstream;
+    args.times_class_factors = weighing.times_class_factors;
+    args.out = weights.data_ptr();
+    args.out_row_stride = weights.stride(0);
+    args.out_scale = weighing.scale;
+    kernels.fused_tile(args);
+    return;
+  }
   const c10::ScalarType acc = tile.products.scalar_type();
   if (tile.row_operand.defined()) {
     make_products(kernels, tile);

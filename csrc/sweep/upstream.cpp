@@ -122,7 +122,9 @@ UpstreamVectors widen_upstream(
     bool with_bias,
     InputNorms& norms,
     const at::Tensor& hard) {
-  if (loop.kernels().widen_upstream == nullptr || !loop.problem().plain()) {
+  const bool units = loop.operands().unit_vectors;
+  const bool by_rows = units && (with_bias || !loop.problem().normalize_input); // as choose_operand_scale() has it
+  if (loop.kernels().widen_upstream == nullptr || !loop.problem().plain() || by_rows) {
     return widen_by_parts(loop, request, with_bias, norms, hard);
   }
   const int64_t rows = loop.sizes().rows;
@@ -148,7 +150,9 @@ UpstreamVectors widen_upstream(
        .own = pointer<double>(upstream.own),
        .sum = pointer<double>(upstream.sum),
        .weight_factor = pointer<double>(upstream.weight_factor),
-       .operand_scale = pointer<double>(upstream.operand_scale)});
+       .operand_scale = pointer<double>(upstream.operand_scale),
+       .least = loop.operands().largest_row,
+       .of_weight_factor = units});
   upstream.bias_sum = upstream.sum;
   return upstream;
 }

@@ -4,6 +4,7 @@
 
 #include "sweep/cosine_kernels.h"
 #include "sweep/kernels.h"
+#include "sweep/loss_kernels.h"
 
 #if defined(TORCHMARGIN_DEVICE_ON_HOST)
 #include "device_on_host.h"
@@ -29,7 +30,13 @@ void launch_softmax_chunk(const SoftmaxChunkArgs& args, c10::ScalarType acc, cud
 void launch_target_rows(const TargetRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);
 void launch_combine_rows(const CombineRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);
 void launch_finish_classes(const FinishClassesArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_finish_own_classes(const FinishClassesArgs& args, c10::ScalarType acc, cudaStream_t stream);
+void launch_widen_upstream(const WidenUpstreamArgs& args, cudaStream_t stream);
+void launch_fold_sets(const FoldSetsArgs& args, cudaStream_t stream);
 void launch_finish_rows(const FinishRowsArgs& args, c10::ScalarType acc, cudaStream_t stream);
+
+void launch_loss(const LossArgs& args, cudaStream_t stream);
+void launch_loss_gradient(const LossGradientArgs& args, cudaStream_t stream);
 
 void launch_cosine_forward(const CosineForwardArgs& args, int64_t rows, cudaStream_t stream);
 void launch_cosine_backward(const CosineBackwardArgs& args, int64_t rows, cudaStream_t stream);

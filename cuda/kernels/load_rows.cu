@@ -33,16 +33,35 @@ __global__ void load_rows_kernel(LoadRowsArgs args) {
   constexpr int64_t kStep = kWarp * kCount;
   const Row<const Scalar> row(
       static_cast<const Scalar*>(args.rows.data) + i * args.rows.row_stride, args.features, args.rows.column_stride);
+  // What a lane sees first stays in its registers.
+  constexpr int kHeld = sizeof(Scalar) == 8 ? 1 : 2;
+  Elements<Scalar, kCount> held[kHeld];
+  TORCHMARGIN_UNROLL
+  for (int part = 0; part < kHeld; ++part) {
+    held[part] = row.template read<kCount>(first + part * kStep, Scalar(0));
+  }
+  // body(k, elements) for all of a lane's features.
+  const auto for_each = [&](auto body) {
+    TORCHMARGIN_UNROLL
+    for (int part = 0; part < kHeld; ++part) {
+      body(first + part * kStep, held[part]);
+    }
+    for (int64_t k = first + kHeld * kStep; k < args.features; k += kStep) {
+      body(k, row.template read<kCount>(k, Scalar(0)));
+    }
+  };
   double inverse = 1.0;
-  if (args.measured) {
+  if (args.measured && args.given_norms != nullptr) {
+    inverse = static_cast<double>(static_cast<const T*>(args.given_norms)[i]);
+  } else if (args.measured) {
     double square = 0.0;
-    for (int64_t k = first; k < args.features; k += kStep) {
-      const auto x = row.template read<kCount>(k, Scalar(0));
+    for_each([&](int64_t /*k*/, const Elements<Scalar, kCount>& x) {
+      TORCHMARGIN_UNROLL
       for (int e = 0; e < kCount; ++e) {
         const double value = static_cast<double>(x.values[e]);
         square += value * value;
       }
-    }
+    });
     inverse = inverse_norm(team.sum(square));
   }
   if (args.inverse_norms != nullptr && team.rank == 0) {
@@ -55,14 +74,16 @@ __global__ void load_rows_kernel(LoadRowsArgs args) {
   const bool nothing = given == 0.0; // NB: even if the row holds NaN
   const Product factor = static_cast<Product>(args.to_unit ? inverse * given : given);
   const Row<Out> out(static_cast<Out*>(args.out) + i * args.out_row_stride, args.features);
-  for (int64_t k = first; k < args.features; k += kStep) {
-    const auto x = row.template read<kCount>(k, Scalar(0));
+  for_each([&](int64_t k, const Elements<Scalar, kCount>& x) {
     Elements<Out, kCount> y;
+    TORCHMARGIN_UNROLL
     for (int e = 0; e < kCount; ++e) {
       y.values[e] = nothing ? Out(0) : static_cast<Out>(static_cast<Product>(x.values[e]) * factor);
     }
-    out.write(k, y);
-  }
+    if (k < args.features) {
+      out.write(k, y);
+    }
+  });
 }
 
 constexpr int kSumThreads = 1024;

@@ -164,7 +164,7 @@ std::vector<double> grad_weight_rounding(const FinishClassesArgs& args, int64_t 
   const double inverse_w = inverse_norm(w_squared);
   const double b = context.normalize_weight ? inverse_w : 1.0;
   std::vector<double> others(features), own(features);
-  bool plain = args.input_sum == nullptr;
+  bool plain = true;
   double along = 0.0;
   for (int64_t k = 0; k < features; ++k) {
     const double unscale = (args.products_lack_norms ? b : 1.0) / *args.products_scale;
@@ -192,8 +192,9 @@ std::vector<double> grad_weight_rounding(const FinishClassesArgs& args, int64_t 
   for (int64_t k = 0; k < features; ++k) {
     const double size = others[k] + along * std::fabs(inverse_w * w(j, k)) + own[k];
     // A class without rows is finished in T: a product, features - 1 sums, two factors of the inverse norm and one of
-    // w, difference, and the last factor, that may have the inverse norm in it.
-    bounds[k] = plain ? rounding<T>(features + 6, size) : rounding(count, size);
+    // w, difference, and the last factor, that may have the inverse norm in it. What is smoothed has three more: the
+    // norm, the term, its sum with the product (a CPU makes it in float64).
+    bounds[k] = plain ? rounding<T>(features + (args.input_sum != nullptr ? 9 : 6), size) : rounding(count, size);
   }
   return bounds;
 }

@@ -47,6 +47,35 @@ def test_what_rots_is_said(read):
     assert "is not in the library" in "; ".join(machine_code.faults(kernels, loops[1:]))
 
 
+@pytest.fixture(scope="module")
+def fused():
+    found = machine_code.fused_kernels(str(BINARIES / "lib/libtorchmargin.so"))
+    if not found:
+        pytest.skip("the library is not for Hopper")
+    return found
+
+
+def test_the_fused_kernel_multiplies_by_warpgroups_and_waits_for_memory_twice(fused):
+    assert len(fused) == 16 and machine_code.fused_faults(fused) == []
+
+
+def test_what_rots_in_the_fused_kernel_is_said(fused):
+    weighs = next(each for each in fused if ", true, false" in each.kernel)
+    worse = weighs._replace(instructions=128 * 40, products=0, fences=3, stores=["STG.E.64"])
+    said = "; ".join(machine_code.fused_faults([worse]))
+    assert "40.0 instructions a logit, more than" in said and "0 products by warpgroups" in said
+    assert "3 fences of all memory" in said and "16 bytes alone, but got STG.E.64" in said
+
+
+def test_the_documents_have_the_fused_kernels_figures(read, fused):
+    note = json.loads((BINARIES / "lib/libtorchmargin.json").read_text())
+    if not note["cuda"].startswith("13.0"):
+        pytest.skip(f"compiled by nvcc {note['cuda']}")
+    document = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+    for line in machine_code.fused_table(read[0], fused).splitlines():
+        assert line in document
+
+
 def test_the_documents_have_its_figures(read):
     """docs/gpu.md; of the compiler and the architectures that it names."""
     note = json.loads((BINARIES / "lib/libtorchmargin.json").read_text())

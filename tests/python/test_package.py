@@ -115,9 +115,9 @@ ARROWS = {
     "csrc/cpu": {"include", "math", "plan", "ops", "sweep"},
     "cuda": {"include", "math", "plan", "ops", "sweep"},
     "csrc/api": {"include", "ops", "distributed"},
-    "csrc/bindings": {"include", "ops"},
+    "csrc/bindings": {"include", "plan", "ops"},
 }
-OWN_NAMES = {"cuda": {"cuda", "kernels", "target_values.h"}}  # how a folder's own files are named by its includes
+OWN_NAMES = {"cuda": {"cuda", "kernels", "hopper", "fused_tile.h", "target_values.h"}}  # how a folder's own files are named by its includes
 STAND_IN = "device_on_host.h"  # the tests' stand-in for CUDA's headers
 
 

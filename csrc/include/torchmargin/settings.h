@@ -36,8 +36,9 @@ struct Plan {
   bool fits; ///< false: the limit is too small, a call would throw
 };
 
-/// What the linear ops would do with contiguous tensors of these sizes under the present limit and number of threads.
-/// Nothing is allocated. compute_dtype: what the op would be given, for float32 only.
+/// What a loss of cosines (normalised, without a bias) would do with contiguous tensors of these sizes under the
+/// present limit, number of threads and GPU. Nothing is allocated. compute_dtype: what the op would be given, for
+/// float32 only.
 TORCHMARGIN_API Plan plan(
     int64_t batch,
     int64_t features,

@@ -76,7 +76,11 @@ struct BothRoundings {
   LinearRounding gpu, cpu;
 
   explicit BothRoundings(const torchmargin::LinearProblem& p)
-      : gpu(p, torchmargin::choose_operands(torchmargin::kGpuTraits, p.input.scalar_type(), p.compute_dtype)),
+      : gpu(p,
+            torchmargin::choose_operands(
+                torchmargin::gpu_traits(torchmargin::kSomeGpu),
+                p.input.scalar_type(),
+                p.compute_dtype)),
         cpu(p, torchmargin::wide_operands(p.input.scalar_type())) {}
 
   template <typename Bound>

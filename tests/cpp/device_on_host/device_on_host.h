@@ -106,6 +106,27 @@ inline float __shfl_xor_sync(unsigned mask, float value, int offset) {
   return static_cast<float>(__shfl_xor_sync(mask, static_cast<double>(value), offset));
 }
 
+inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+  namespace host = device_on_host;
+  if (mask != 0xffffffffu) {
+    host::fail("a ballot with lanes left out");
+  }
+  const unsigned thread = threadIdx.x;
+  host::Barrier& warp = *host::block->warps[thread / host::kWarp];
+  host::block->slots[thread] = predicate ? 1.0 : 0.0;
+  host::wait_at(warp);
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < host::kWarp; ++lane) {
+    votes |= (host::block->slots[thread / host::kWarp * host::kWarp + lane] != 0.0 ? 1U : 0U) << lane;
+  }
+  host::wait_at(warp);
+  return votes;
+}
+
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
+
 namespace device_on_host {
 
 // Runs `body` in every thread of every block.

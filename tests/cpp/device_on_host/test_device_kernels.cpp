@@ -130,6 +130,170 @@ TYPED_TEST(DeviceKernels, LoadRows) {
   }
 }
 
+// Norms that were taken before give the same operands, to the bit where these are of 16 bits.
+TYPED_TEST(DeviceKernels, LoadRowsByNormsThatAreKnown) {
+  TORCHMARGIN_TYPES
+  for (const auto& [rows, features, classes] : kSizes) {
+    const KernelProblem<Scalar, T> p(rows, features, classes);
+    using Out = Narrow<Scalar>;
+    std::vector<T> norms(rows);
+    std::vector<Out> taken(rows * features), known(rows * features);
+    LoadRowsArgs args{};
+    args.rows = {p.input.data(), dtype_of<Scalar>, features, 1};
+    args.row_count = rows;
+    args.features = features;
+    args.measured = true;
+    args.out_dtype = dtype_of<Out>;
+    args.out_row_stride = features;
+    args.to_unit = true;
+    args.out = taken.data();
+    args.inverse_norms = norms.data();
+    device::launch_load_rows(args, kAcc, nullptr);
+    args.out = known.data();
+    args.inverse_norms = nullptr;
+    args.given_norms = norms.data();
+    device::launch_load_rows(args, kAcc, nullptr);
+    for (int64_t k = 0; k < rows * features; ++k) {
+      const double size = static_cast<double>(taken[k]);
+      EXPECT_NEAR(size, static_cast<double>(known[k]), sizeof(Out) == 2 ? 0.0 : rounding<T>(2, std::fabs(size)));
+    }
+  }
+}
+
+// The loss and its slopes beside long double, for every reduction, with rows that are ignored (and hold NaN), far apart
+// or without another class.
+TEST(DeviceLoss, AgreesWithItsFormula) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (const int64_t rows : {0, 1, 7, 300, 20000}) {
+    std::vector<double> other = random_values<double>(rows, 1), own = random_values<double>(rows, 2);
+    const std::vector<double> mean = random_values<double>(rows, 3), grads = random_values<double>(rows + 1, 4);
+    std::vector<int64_t> target(rows, 5);
+    for (int64_t i = 0; i < rows; ++i) {
+      other[i] *= i % 3 == 0 ? 60.0 : 1.0;
+      if (i % 5 == 4) {
+        target[i] = -100;
+        other[i] = std::numeric_limits<double>::quiet_NaN();
+      }
+    }
+    if (rows > 6) {
+      other[6] = -kInfinity;
+    }
+    for (const double smoothing : {0.0, 0.1}) {
+      for (const auto& [reduced, mean_of] : {std::pair{false, false}, {true, false}, {true, true}}) {
+        for (const bool wide : {true, false}) {
+          long double total = 0.0L;
+          long double count = 0.0L;
+          std::vector<long double> expected(rows);
+          for (int64_t i = 0; i < rows; ++i) {
+            if (target[i] == 5) {
+              const long double gap = static_cast<long double>(other[i]) - own[i];
+              expected[i] = gap == -kInfinity ? 0.0L : std::fmax(gap, 0.0L) + std::log1p(std::exp(-std::fabs(gap)));
+              expected[i] += smoothing == 0.0 ? 0.0L : smoothing * (static_cast<long double>(own[i]) - mean[i]);
+              count += 1.0L;
+            }
+            total += expected[i];
+          }
+          if (reduced) {
+            expected = {mean_of ? total / count : total};
+          }
+          std::vector<double> wide_loss(std::max<int64_t>(rows, 1));
+          std::vector<float> narrow_loss(std::max<int64_t>(rows, 1));
+          LossArgs args{};
+          args.rows = rows;
+          args.other_lse = other.data();
+          args.target_logit = own.data();
+          args.mean_logit = smoothing == 0.0 ? nullptr : mean.data();
+          args.target = target.data();
+          args.label_smoothing = smoothing;
+          args.ignore_index = -100;
+          args.reduced = reduced;
+          args.mean = mean_of;
+          args.wide = wide;
+          args.loss = wide ? static_cast<void*>(wide_loss.data()) : narrow_loss.data();
+          device::launch_loss(args, nullptr);
+          for (size_t i = 0; i < expected.size(); ++i) {
+            const double got = wide ? wide_loss[i] : static_cast<double>(narrow_loss[i]);
+            if (std::isnan(expected[i])) {
+              EXPECT_TRUE(std::isnan(got));
+              continue;
+            }
+            // A gap, an exponential and a logarithm of 2 units each, two sums; and those of all rows.
+            const double size = 64.0 * (reduced && !mean_of ? static_cast<double>(rows) : 1.0);
+            EXPECT_NEAR(
+                got, static_cast<double>(expected[i]),
+                rounding(10 + (reduced ? rows : 0), size) + (wide ? 0.0 : rounding<float>(1, std::fabs(got))));
+          }
+        }
+        // One upstream gradient, or each its own; of float32 for one of them.
+        const std::vector<float> narrow_grads(grads.begin(), grads.end());
+        std::vector<double> to_other(rows, 7.0), to_own(rows, 7.0), to_mean(rows, 7.0);
+        LossGradientArgs args{};
+        args.rows = rows;
+        args.grad = reduced ? RawMatrix{narrow_grads.data(), c10::ScalarType::Float, 0, 0}
+                            : RawMatrix{grads.data(), c10::ScalarType::Double, 1, 0};
+        args.other_lse = other.data();
+        args.target_logit = own.data();
+        args.target = target.data();
+        args.label_smoothing = smoothing;
+        args.ignore_index = -100;
+        args.mean = mean_of;
+        args.to_other = to_other.data();
+        args.to_own = to_own.data();
+        args.to_mean = to_mean.data();
+        device::launch_loss_gradient(args, nullptr);
+        const long double count = static_cast<long double>(std::count(target.begin(), target.end(), 5));
+        for (int64_t i = 0; i < rows; ++i) {
+          const bool counts = target[i] == 5;
+          const long double g =
+              (reduced ? static_cast<long double>(narrow_grads[0]) : grads[i]) / (mean_of ? count : 1);
+          const long double p = 1.0L / (1.0L + std::exp(static_cast<long double>(own[i]) - other[i]));
+          const double bound = rounding(8, std::fabs(static_cast<double>(g)));
+          EXPECT_NEAR(to_other[i], counts ? static_cast<double>(g * p) : 0.0, bound);
+          EXPECT_NEAR(to_own[i], counts ? static_cast<double>(g * (smoothing - p)) : 0.0, bound);
+          EXPECT_NEAR(to_mean[i], counts ? static_cast<double>(-g * smoothing) : 0.0, bound);
+        }
+      }
+    }
+  }
+}
+
+// The sets of fused tiles, beside a sum in their order.
+TEST(DeviceFoldSets, AddsAllSetsToTheRunningSums) {
+  for (const auto& [rows, sets] : {std::pair<int64_t, int64_t>{1, 1}, {5, 7}, {33, 132}, {100, 9}}) {
+    std::vector<double> sum = random_values<double>(sets * rows, 1);
+    const std::vector<double> maximum = random_values<double>(sets * rows, 2);
+    for (double& each : sum) {
+      each = std::fabs(each);
+    }
+    sum[0] = std::numeric_limits<double>::quiet_NaN();
+    for (const bool first : {true, false}) {
+      std::vector<double> shift(rows, 1.5), total(rows, 2.0), largest(rows, 0.25);
+      FoldSetsArgs args{};
+      args.rows = rows;
+      args.sets = sets;
+      args.sum = sum.data();
+      args.maximum = maximum.data();
+      args.first = first;
+      args.sums = {shift.data(), total.data(), largest.data()};
+      device::launch_fold_sets(args, nullptr);
+      for (int64_t i = 0; i < rows; ++i) {
+        double expected = first ? 0.0 : 2.0 * std::exp(1.5);
+        double most = first ? -std::numeric_limits<double>::infinity() : 0.25;
+        for (int64_t set = 0; set < sets; ++set) {
+          expected += sum[set * rows + i];
+          most = std::fmax(most, maximum[set * rows + i]);
+        }
+        const double got = total[i] * std::exp(shift[i]);
+        EXPECT_EQ(std::isnan(got), i == 0);
+        if (i > 0) {
+          EXPECT_NEAR(got, expected, rounding(sets + 4, expected));
+        }
+        EXPECT_EQ(largest[i], most);
+      }
+    }
+  }
+}
+
 TYPED_TEST(DeviceKernels, AccumulateChunk) {
   TORCHMARGIN_TYPES
   for (const auto& [rows, features, classes] : kSizes) {
@@ -421,8 +585,13 @@ TYPED_TEST(DeviceKernels, FinishClasses) {
           finish(args);
           return std::tuple(gradient, bias);
         };
-        const auto on_device = [&](const FinishClassesArgs& args) {
+        const auto on_device = [&](FinishClassesArgs args) {
+          std::vector<T> own_products(rows * features);
+          args.own_products = own_products.data();
           device::launch_finish_classes(args, kAcc, nullptr);
+          args.products = own_products.data();
+          args.products_row_stride = features;
+          device::launch_finish_own_classes(args, kAcc, nullptr);
         };
         const auto on_cpu = [&](const FinishClassesArgs& args) { cpu::finish_classes_range(args, kAcc, 0, classes); };
         const RawMatrix given{p.weight.data(), dtype_of<Scalar>, features, 1};

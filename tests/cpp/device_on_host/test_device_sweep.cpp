@@ -17,46 +17,111 @@ namespace {
 using namespace torchmargin;
 using namespace torchmargin::testing;
 
+constexpr int64_t kFusedSets = 5;
+
 void run_lanes(int64_t lanes, const std::function<void(int64_t)>& body) {
   ASSERT_EQ(lanes, 1); // a stream is one queue
   body(0);
 }
 
-const Device kDevice{
-    .traits = kGpuTraits,
-    .kernels = {
-        .load_rows = [](const LoadRowsArgs& args,
-                        c10::ScalarType acc) { device::launch_load_rows(args, acc, nullptr); },
-        .target_rows = [](const TargetRowsArgs& args,
-                          c10::ScalarType acc) { device::launch_target_rows(args, acc, nullptr); },
-        .accumulate_chunk = [](const AccumulateChunkArgs& args,
-                               c10::ScalarType acc) { device::launch_accumulate_chunk(args, acc, nullptr); },
-        .combine_rows = [](const CombineRowsArgs& args,
-                           c10::ScalarType acc) { device::launch_combine_rows(args, acc, nullptr); },
-        .hard_rows = [](const HardRowsArgs& args,
-                        c10::ScalarType acc) { device::launch_hard_rows(args, acc, nullptr); },
-        .merge_hardest = [](const MergeHardestArgs& args,
-                            c10::ScalarType acc) { device::launch_merge_hardest(args, acc, nullptr); },
-        .fold_centers = [](const FoldCentersArgs& args,
-                           c10::ScalarType acc) { device::launch_fold_centers(args, acc, nullptr); },
-        .spread_centers = [](const SpreadCentersArgs& args,
-                             c10::ScalarType acc) { device::launch_spread_centers(args, acc, nullptr); },
-        .write_hardest = [](const WriteHardestArgs& args,
-                            c10::ScalarType acc) { device::launch_write_hardest(args, acc, nullptr); },
-        .add_binary = [](const AddBinaryArgs& args,
-                         c10::ScalarType acc) { device::launch_add_binary(args, acc, nullptr); },
-        .weigh_binary = [](const WeighBinaryArgs& args,
-                           c10::ScalarType acc) { device::launch_weigh_binary(args, acc, nullptr); },
-        .softmax_chunk = [](const SoftmaxChunkArgs& args,
-                            c10::ScalarType acc) { device::launch_softmax_chunk(args, acc, nullptr); },
-        .finish_classes = [](const FinishClassesArgs& args,
-                             c10::ScalarType acc) { device::launch_finish_classes(args, acc, nullptr); },
-        .finish_rows = [](const FinishRowsArgs& args,
-                          c10::ScalarType acc) { device::launch_finish_rows(args, acc, nullptr); },
-        .widen_upstream = nullptr,
-        .run_lanes = run_lanes,
-        .prepare_buffer = [](void*, int64_t) {}},
-    .steps = kPortableSteps};
+// Stands for the kernel, which no host compiler takes: the same sums and weights in float64, to sets in turn.
+template <typename Operand>
+void fused_tile_of(const FusedTileArgs& args) {
+  static int64_t turn = 0;
+  const ProductsTile& tile = args.tile;
+  const auto at = [](const void* rows, int64_t stride, int64_t i, int64_t k) {
+    return static_cast<double>(static_cast<const Operand*>(rows)[i * stride + k]);
+  };
+  for (const void* rows : {args.row_operand, args.class_operand, static_cast<const void*>(args.out)}) {
+    ASSERT_EQ(reinterpret_cast<uintptr_t>(rows) % 16, 0U);
+  }
+  for (const int64_t stride : {args.row_operand_stride, args.class_operand_stride, args.out_row_stride}) {
+    ASSERT_EQ(stride % 8, 0);
+  }
+  ASSERT_EQ(tile.bias, nullptr);
+  const auto factor = [](const void* factors, int64_t i) {
+    return factors == nullptr ? 1.0 : static_cast<double>(static_cast<const float*>(factors)[i]);
+  };
+  const int64_t set = turn++ % kFusedSets;
+  for (int64_t i = 0; i < tile.row_count; ++i) {
+    double sum = 0.0;
+    double maximum = -std::numeric_limits<double>::infinity();
+    for (int64_t j = 0; j < tile.class_count; ++j) {
+      double product = 0.0;
+      for (int64_t k = 0; k < args.features; ++k) {
+        product += at(args.row_operand, args.row_operand_stride, i, k) *
+            at(args.class_operand, args.class_operand_stride, j, k);
+      }
+      const double z = product * tile.scale * factor(tile.row_factors, i) * factor(tile.class_factors, j);
+      const bool own = tile.target[i] == tile.first_class + j;
+      if (!own) {
+        sum += std::exp(z);
+        maximum = std::fmax(maximum, z);
+      }
+      if (args.out != nullptr) {
+        const double weight = own || args.upstream[i] == 0.0 ? 0.0 : std::exp(z - args.other_lse[i]) * args.out_scale;
+        static_cast<Operand*>(args.out)[i * args.out_row_stride + j] = static_cast<Operand>(
+            static_cast<float>(weight * (args.times_class_factors ? factor(tile.class_factors, j) : 1.0)));
+      }
+    }
+    if (args.out == nullptr) {
+      args.sum[set * args.set_stride + i] += sum;
+      args.maximum[set * args.set_stride + i] = std::fmax(args.maximum[set * args.set_stride + i], maximum);
+    }
+  }
+}
+
+int64_t fused_calls = 0;
+
+void fused_tile(const FusedTileArgs& args) {
+  ++fused_calls;
+  args.dtype == c10::ScalarType::Half ? fused_tile_of<c10::Half>(args) : fused_tile_of<c10::BFloat16>(args);
+}
+
+Device make_device(bool fused) {
+  return {
+      .traits = gpu_traits({.processors = kFusedSets, .l2_bytes = 50 << 20, .fused_tiles = fused}),
+      .kernels = {
+          .load_rows = [](const LoadRowsArgs& args,
+                          c10::ScalarType acc) { device::launch_load_rows(args, acc, nullptr); },
+          .target_rows = [](const TargetRowsArgs& args,
+                            c10::ScalarType acc) { device::launch_target_rows(args, acc, nullptr); },
+          .accumulate_chunk = [](const AccumulateChunkArgs& args,
+                                 c10::ScalarType acc) { device::launch_accumulate_chunk(args, acc, nullptr); },
+          .combine_rows = [](const CombineRowsArgs& args,
+                             c10::ScalarType acc) { device::launch_combine_rows(args, acc, nullptr); },
+          .hard_rows = [](const HardRowsArgs& args,
+                          c10::ScalarType acc) { device::launch_hard_rows(args, acc, nullptr); },
+          .merge_hardest = [](const MergeHardestArgs& args,
+                              c10::ScalarType acc) { device::launch_merge_hardest(args, acc, nullptr); },
+          .fold_centers = [](const FoldCentersArgs& args,
+                             c10::ScalarType acc) { device::launch_fold_centers(args, acc, nullptr); },
+          .spread_centers = [](const SpreadCentersArgs& args,
+                               c10::ScalarType acc) { device::launch_spread_centers(args, acc, nullptr); },
+          .write_hardest = [](const WriteHardestArgs& args,
+                              c10::ScalarType acc) { device::launch_write_hardest(args, acc, nullptr); },
+          .add_binary = [](const AddBinaryArgs& args,
+                           c10::ScalarType acc) { device::launch_add_binary(args, acc, nullptr); },
+          .weigh_binary = [](const WeighBinaryArgs& args,
+                             c10::ScalarType acc) { device::launch_weigh_binary(args, acc, nullptr); },
+          .softmax_chunk = [](const SoftmaxChunkArgs& args,
+                              c10::ScalarType acc) { device::launch_softmax_chunk(args, acc, nullptr); },
+          .fused_tile = fused ? fused_tile : nullptr,
+          .fold_sets = [](const FoldSetsArgs& args) { device::launch_fold_sets(args, nullptr); },
+          .finish_classes = [](const FinishClassesArgs& args,
+                               c10::ScalarType acc) { device::launch_finish_classes(args, acc, nullptr); },
+          .finish_own_classes = [](const FinishClassesArgs& args,
+                                   c10::ScalarType acc) { device::launch_finish_own_classes(args, acc, nullptr); },
+          .finish_rows = [](const FinishRowsArgs& args,
+                            c10::ScalarType acc) { device::launch_finish_rows(args, acc, nullptr); },
+          .widen_upstream = [](const WidenUpstreamArgs& args) { device::launch_widen_upstream(args, nullptr); },
+          .run_lanes = run_lanes,
+          .prepare_buffer = [](void*, int64_t) {}},
+      .steps = kPortableSteps};
+}
+
+const Device kDevice = make_device(/*fused=*/false);
+const Device kFusedDevice = make_device(/*fused=*/true);
 
 struct Case {
   std::string name;
@@ -146,7 +211,7 @@ Results run(const LinearProblem& p, const Case& c, int64_t kept, const Device& o
 }
 
 LinearRounding rounding_of(const LinearProblem& p) {
-  return {p, choose_operands(kGpuTraits, p.input.scalar_type(), p.compute_dtype)};
+  return {p, choose_operands(gpu_traits(kSomeGpu), p.input.scalar_type(), p.compute_dtype)};
 }
 
 void expect_gradients(
@@ -195,6 +260,28 @@ TEST_P(DeviceSweep, AgreesWithTheCpuInFloat64) {
   for (const size_t i : which) {
     EXPECT_EQ(got.gradients[i].scalar_type(), c.dtype);
   }
+  EXPECT_EQ(got.gradients[0][1].abs().max().item<double>(), 0.0);
+}
+
+// The same where a device makes logits and what becomes of them in one kernel: it does so for problems that are fit
+// for it, and for all tiles that are not kept.
+TEST_P(DeviceSweep, AgreesWhereTilesAreFused) {
+  const Case& c = GetParam();
+  const LinearProblem p = make_problem(c);
+  const Results expected = run(widen(p), c, 0, cpu::device());
+  set_workspace_limit(c10::DeviceType::CPU, 64 << 10);
+  fused_calls = 0;
+  const Results got = run(p, c, c.kept, kFusedDevice);
+  const bool in_rows_of_16_bytes = c.dtype != at::kBFloat16 || c.features % 8 == 0;
+  const bool narrow = c.dtype == at::kHalf || c.dtype == at::kBFloat16 || c.compute_dtype.has_value();
+  const bool fit = narrow && c.normalize_input && c.normalize_weight && !c.with_bias && in_rows_of_16_bytes;
+  EXPECT_EQ(fused_calls > 0, fit && c.kept < c.classes);
+
+  const LinearRounding rounding = rounding_of(p);
+  expect_vector(got.forward.other_lse, expected.forward.other_lse, rounding.lse(), "other_lse");
+  expect_vector(
+      got.forward.max_other_logit.to(at::kDouble), expected.forward.max_other_logit, rounding.lse(), "max_other_logit");
+  expect_gradients(got.gradients, expected.gradients, p, c, {0, 1});
   EXPECT_EQ(got.gradients[0][1].abs().max().item<double>(), 0.0);
 }
 
@@ -377,11 +464,22 @@ TEST_F(DeviceSweep, AnyStrides) {
 
 // The upstream gradients made in one pass and by ATen's ops: the same gradients, bit for bit, NaN and infinities too.
 TEST_F(DeviceSweep, UpstreamInOnePassOrByParts) {
-  Device by_parts = cpu::device();
-  by_parts.kernels.widen_upstream = nullptr;
+  const auto by_parts_on = [](Device device) {
+    device.kernels.widen_upstream = nullptr;
+    return device;
+  };
+  const Device host_by_parts = by_parts_on(cpu::device());
+  const Device gpu_by_parts = by_parts_on(kDevice);
   const double infinity = std::numeric_limits<double>::infinity();
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  for (const at::ScalarType dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+  for (const auto& [dtype, on_gpu] :
+       {std::pair{at::kDouble, false},
+        {at::kFloat, false},
+        {at::kBFloat16, false},
+        {at::kFloat, true},
+        {at::kHalf, true}}) {
+    const Device& one_pass = on_gpu ? kDevice : cpu::device();
+    const Device& by_parts = on_gpu ? gpu_by_parts : host_by_parts;
     for (const bool normalize : {true, false}) {
       for (const bool smoothing : {true, false}) {
         Case c;
@@ -389,7 +487,7 @@ TEST_F(DeviceSweep, UpstreamInOnePassOrByParts) {
         c.normalize_input = c.normalize_weight = normalize;
         c.with_bias = c.smoothing = smoothing;
         const LinearProblem p = make_problem(c);
-        const ForwardResult forward = sweep_forward(p, {std::nullopt, smoothing, 0}, cpu::device());
+        const ForwardResult forward = sweep_forward(p, {std::nullopt, smoothing, 0}, one_pass);
         const double tiny = dtype == at::kDouble ? 1e-310 : 1e-40;
         const double huge = dtype == at::kDouble ? 1.7e308 : 3e38; // its power of two has no normal inverse
         // Of a row; of every other row as many times what it is.
@@ -416,14 +514,14 @@ TEST_F(DeviceSweep, UpstreamInOnePassOrByParts) {
           request.other_lse[5] = -infinity; // a row without another class
           request.record = forward.record;
           request.wanted = {true, true, p.bias.has_value(), false, false};
-          const Gradients got = sweep_backward(p, request, cpu::device());
+          const Gradients got = sweep_backward(p, request, one_pass);
           const Gradients expected = sweep_backward(p, request, by_parts);
           for (size_t i = 0; i < got.size(); ++i) {
             EXPECT_TRUE(torch::allclose(got[i], expected[i], /*rtol=*/0, /*atol=*/0, /*equal_nan=*/true)) << i;
           }
           request.grad_other_lse.reset(); // as autograd gives what has no gradient
           request.grad_logit_sum.reset();
-          const Gradients of_target = sweep_backward(p, request, cpu::device());
+          const Gradients of_target = sweep_backward(p, request, one_pass);
           const Gradients expected_of_target = sweep_backward(p, request, by_parts);
           for (size_t i = 0; i < got.size(); ++i) {
             EXPECT_TRUE(torch::allclose(of_target[i], expected_of_target[i], 0, 0, /*equal_nan=*/true)) << i;

@@ -1,6 +1,9 @@
 // The chunk plan: a pure function, so its promises are checked over many sizes.
 #include <gtest/gtest.h>
 
+#include <array>
+#include <string>
+
 #include "plan/chunk_plan.h"
 #include "plan/operands.h"
 
@@ -18,9 +21,24 @@ SweepSizes float32(int64_t rows, int64_t features, int64_t classes) {
 }
 
 // float32 parameters with 16-bit products on a GPU.
-SweepSizes on_gpu(int64_t rows, int64_t features, int64_t classes) {
-  return {rows, features, classes, 4, 2, true, false, 1, torchmargin::kGpuTile};
+SweepSizes
+on_gpu(int64_t rows, int64_t features, int64_t classes, const torchmargin::GpuShape& gpu = torchmargin::kSomeGpu) {
+  SweepSizes sizes{rows, features, classes, 4, 2, true, false, 1, torchmargin::gpu_traits(gpu).tile};
+  sizes.fused = gpu.fused_tiles;
+  return sizes;
 }
+
+// By their data sheets.
+struct NamedGpu {
+  const char* name;
+  torchmargin::GpuShape shape;
+};
+constexpr std::array<NamedGpu, 5> kGpus{
+    {{"A100", {108, 40 * kMiB, false}},
+     {"H100", {132, 50 * kMiB, true}},
+     {"H200", {132, 60 * kMiB, true}},
+     {"RTX 4090", {128, 72 * kMiB, false}},
+     {"B200", {148, 126 * kMiB, false}}}};
 
 TEST(ChunkPlan, StaysUnderTheLimitOrSaysThatItCannot) {
   for (const int64_t rows : {int64_t{0}, int64_t{1}, int64_t{7}, int64_t{256}, int64_t{100000}}) {
@@ -84,15 +102,52 @@ TEST(ChunkPlan, ShrinksClassesBeforeRows) {
   EXPECT_LT(tiny.row_tile, roomy.row_tile);
 }
 
-TEST(ChunkPlan, FillsAGpu) {
-  const ChunkPlan plan = choose_chunk_plan(on_gpu(1024, 512, 360232), 256 * kMiB);
-  EXPECT_EQ(plan.row_tile, 1024);
-  EXPECT_EQ(plan.class_chunk % torchmargin::kOutputTile, 0);
-  EXPECT_LE(plan.row_tile * plan.class_chunk * 4, 32 * kMiB); // logits that stay in the L2 cache
-  EXPECT_EQ(plan.input_splits, 4); // 8 x 4 output tiles of grad_input for 128 and more processors
-  EXPECT_EQ(choose_chunk_plan(on_gpu(4096, 512, 360232), 256 * kMiB).input_splits, 1);
-  EXPECT_EQ(choose_chunk_plan(on_gpu(64, 512, 360232), 256 * kMiB).input_splits, torchmargin::kMostSplits);
-  EXPECT_EQ(choose_chunk_plan(on_gpu(64, 512, 300), 256 * kMiB).input_splits, 1); // too few classes
+// The logits' output tiles of a chunk fill the processors wave after wave, and what a chunk is made of stays near the
+// cache.
+TEST(ChunkPlan, FillsAGpuInWholeWaves) {
+  const auto filled = [](const NamedGpu& gpu, int64_t rows, const ChunkPlan& plan) {
+    const int64_t tiles = (rows + 127) / 128 * (plan.class_chunk / 256);
+    const int64_t waves = (tiles + gpu.shape.processors - 1) / gpu.shape.processors;
+    return static_cast<double>(tiles) / static_cast<double>(waves * gpu.shape.processors);
+  };
+  for (const NamedGpu& gpu : kGpus) {
+    for (const int64_t rows : {128, 256, 512, 1024, 2048, 4096}) {
+      const SweepSizes sizes = on_gpu(rows, 512, 2'000'000, gpu.shape);
+      const ChunkPlan plan = choose_chunk_plan(sizes, int64_t{1} << 30);
+      SCOPED_TRACE(std::string(gpu.name) + ", B = " + std::to_string(rows) + ": " + std::to_string(plan.class_chunk));
+      EXPECT_EQ(plan.row_tile, rows);
+      EXPECT_EQ(plan.class_chunk % 256, 0);
+      if ((rows + 127) / 128 * (plan.class_chunk / 256) >= gpu.shape.processors) { // else not one wave fits the cache
+        EXPECT_GE(filled(gpu, rows, plan), 0.95);
+      }
+      const int64_t bytes = rows * plan.class_chunk * (sizes.fused ? 2 : 6) + plan.class_chunk * 512 * 6;
+      EXPECT_LE(bytes, 4 * gpu.shape.l2_bytes);
+      EXPECT_GE(bytes, gpu.shape.l2_bytes);
+    }
+  }
+  EXPECT_EQ(choose_chunk_plan(on_gpu(1024, 512, 360232, kGpus[2].shape), 256 * kMiB).class_chunk, 33792);
+  EXPECT_EQ(choose_chunk_plan(on_gpu(1024, 512, 9000, kGpus[2].shape), 256 * kMiB).class_chunk, 9000); // all at once
+}
+
+TEST(ChunkPlan, SlicesTheInputsGradientWhereRowsAreFew) {
+  const auto splits = [](int64_t rows, int64_t classes) {
+    return choose_chunk_plan(on_gpu(rows, 512, classes), 256 * kMiB).input_splits;
+  };
+  EXPECT_EQ(splits(1024, 360232), 2); // 8 x 4 output tiles of grad_input for half of 132 processors
+  EXPECT_EQ(splits(4096, 360232), 1);
+  EXPECT_EQ(splits(64, 360232), torchmargin::kMostSplits);
+  EXPECT_EQ(splits(64, 300), 1); // too few classes
+}
+
+// What is never written is not kept.
+TEST(ChunkPlan, FusedTilesKeepNothingAndTakeLess) {
+  const ChunkPlan fused = choose_chunk_plan(on_gpu(1024, 512, 360232, kGpus[1].shape), 256 * kMiB);
+  torchmargin::GpuShape shape = kGpus[1].shape;
+  shape.fused_tiles = false;
+  const ChunkPlan apart = choose_chunk_plan(on_gpu(1024, 512, 360232, shape), 256 * kMiB);
+  EXPECT_EQ(fused.kept_classes, 0);
+  EXPECT_GT(apart.kept_classes, 0);
+  EXPECT_LT(fused.scratch_bytes / fused.class_chunk, apart.scratch_bytes / apart.class_chunk);
 }
 
 TEST(ChunkPlan, WorkspaceRowsBeginAt16Bytes) {
@@ -108,7 +163,7 @@ TEST(Operands, AreChosenByDtypeAndDevice) {
   using c10::ScalarType;
   using torchmargin::choose_operands;
   const auto gpu = [](ScalarType dtype, std::optional<ScalarType> compute = std::nullopt) {
-    return choose_operands(torchmargin::kGpuTraits, dtype, compute);
+    return choose_operands(torchmargin::gpu_traits(torchmargin::kSomeGpu), dtype, compute);
   };
   for (const ScalarType narrow : {ScalarType::Half, ScalarType::BFloat16}) {
     EXPECT_EQ(choose_operands(torchmargin::kCpuTraits, ScalarType::Float, narrow).dtype, ScalarType::Float);
