@@ -3,12 +3,12 @@
     python benchmarks/gpu_model.py                       B = 1024, D = 512, C = 360,232 on the GPUs below
     python benchmarks/gpu_model.py --rows 256 --gpu "A100 SXM" --chunk 8448
 
-ArcFace of float32 parameters with float16 products, forward + backward, chunk by chunk as the plan cuts it. Each launch
-takes the longest of: its bytes at the memory's rate, its bytes at the L2 cache's, its products' output tiles in whole
-waves at the tensor cores' rate, its instructions at one a cycle and lane. The instructions of the hot loops are what
-scripts/machine_code.py counts (docs/gpu.md); of other kernels only the bytes count. Nothing here is measured: no launch
-ever reaches these rates, and what the caches do is assumed. It tells which launch a step waits for, and what a change
-of the plan would bring.
+ArcFace of float32 parameters with float16 products, forward + backward, chunk by chunk as the library's plan cuts it
+for that GPU. Each launch takes the longest of: its bytes at the memory's rate, its bytes at the L2 cache's, its flop at
+the tensor cores' rate (with output tiles in whole waves), its instructions at one a cycle and lane. The instructions of
+the hot loops are what scripts/machine_code.py counts (docs/gpu.md); of other kernels only the bytes count. Nothing here
+is measured: no launch ever reaches these rates, and what the caches do is assumed. It tells which launch a step waits
+for, and what a change of the plan would bring.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import argparse
 import math
 from typing import NamedTuple
 
-import torch
-
-import torchmargin
+from torchmargin import _C
 
 
 class Gpu(NamedTuple):
     """From data sheets, but for the cache's rate, which they do not give: about that of published measurements."""
 
     processors: int
+    l2_mib: int
+    fused: bool  # has the kernel that makes logits and what becomes of them (cuda/hopper)
     ghz: float
     memory: float  # bytes a second
     cache: float  # bytes a second
@@ -33,11 +33,11 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    "H200 SXM": Gpu(132, 1.83, 4.8e12, 5.5e12, 989e12),
-    "H100 SXM": Gpu(132, 1.83, 3.35e12, 5.5e12, 989e12),
-    "A100 SXM": Gpu(108, 1.41, 2.0e12, 3.5e12, 312e12),
-    "RTX 4090": Gpu(128, 2.52, 1.0e12, 5.0e12, 165e12),
-    "B200": Gpu(148, 1.85, 8.0e12, 9.0e12, 2250e12),
+    "H200 SXM": Gpu(132, 60, True, 1.83, 4.8e12, 5.5e12, 989e12),
+    "H100 SXM": Gpu(132, 50, True, 1.83, 3.35e12, 5.5e12, 989e12),
+    "A100 SXM": Gpu(108, 40, False, 1.41, 2.0e12, 3.5e12, 312e12),
+    "RTX 4090": Gpu(128, 72, False, 2.52, 1.0e12, 5.0e12, 165e12),
+    "B200": Gpu(148, 126, False, 1.85, 8.0e12, 9.0e12, 2250e12),
 }
 # Instructions a logit, rare branches with them (sm_90).
 SUM, SOFTMAX = 6.0, 7.8
@@ -50,7 +50,7 @@ class Launch(NamedTuple):
     cache: float = 0.0
     instructions: float = 0.0
     flop: float = 0.0
-    tiles: int = 0  # output tiles of its product
+    tiles: int = 0  # output tiles of its product; 0: as it suits cuBLAS
 
     def seconds(self, gpu: Gpu) -> dict[str, float]:
         """By what it may be bound."""
@@ -59,9 +59,9 @@ class Launch(NamedTuple):
             "cache": self.cache / gpu.cache,
             "instructions": self.instructions / (gpu.processors * 128 * gpu.ghz * 1e9),
         }
-        if self.tiles:
-            waves = math.ceil(self.tiles / gpu.processors)
-            bound["products"] = waves * gpu.processors / self.tiles * self.flop / gpu.tensor
+        if self.flop:  # without tiles of ours in whole waves
+            waves = math.ceil(self.tiles / gpu.processors) * gpu.processors / self.tiles if self.tiles else 1.0
+            bound["products"] = waves * self.flop / gpu.tensor
         return bound
 
 
@@ -69,31 +69,35 @@ def tiles(rows: int, columns: int, wide: int = 256) -> int:
     return math.ceil(rows / 128) * math.ceil(columns / wide)
 
 
-def launches(rows: int, features: int, chunk: int, splits: int, kept: bool) -> dict[str, list[Launch]]:
+def launches(rows: int, features: int, chunk: int, fused: bool) -> dict[str, list[Launch]]:
     """Of one chunk."""
     logits, weights = rows * chunk, chunk * features
     flop = 2.0 * logits * features
     load = Launch("load weights", memory=4.0 * weights, cache=2.0 * weights)
-    product = Launch("logits' product", cache=4.0 * logits, flop=flop, tiles=tiles(rows, chunk))
-    forward = [load, product, Launch("sum of exponentials", cache=4.0 * logits, instructions=SUM * logits)]
+    if fused:  # tiles of 128 x 256, and what two of them share is read once
+        read = tiles(rows, chunk) * 2.0 * (128 + 128) * features
+        forward = [load, Launch("logits and their sums", cache=read, flop=flop, tiles=tiles(rows, chunk))]
+        again = [Launch("logits and softmax weights", cache=read + 2.0 * logits, flop=flop, tiles=tiles(rows, chunk))]
+    else:
+        product = Launch("logits' product", cache=4.0 * logits, flop=flop, tiles=tiles(rows, chunk))
+        forward = [load, product, Launch("sum of exponentials", cache=4.0 * logits, instructions=SUM * logits)]
+        again = [product, Launch("softmax weights", cache=6.0 * logits, instructions=SOFTMAX * logits)]
     backward = [
         load,
-        *([] if kept else [product]),
-        Launch("softmax weights", cache=6.0 * logits, instructions=SOFTMAX * logits),
-        Launch("input's gradient", cache=2.0 * logits, flop=flop, tiles=splits * tiles(rows, features, 128)),
+        *again,
+        Launch("input's gradient", cache=2.0 * logits, flop=flop),  # cuBLAS takes smaller tiles, or parts of the sum
         Launch("weights' gradient", cache=2.0 * logits, flop=flop, tiles=tiles(chunk, features, 128)),
         Launch("finish classes", memory=8.0 * weights, cache=4.0 * weights),
-        Launch("finish classes with rows"),
     ]
     return {"forward": forward, "backward": backward}
 
 
 def report(rows: int, features: int, classes: int, chunk: int | None, name: str) -> str:
     gpu = GPUS[name]
-    plan = torchmargin.plan(rows, features, classes, device="cuda", compute_dtype=torch.float16)
-    size = chunk or plan.class_chunk
+    plan = _C.plan_for_gpu(rows, features, classes, gpu.processors, gpu.l2_mib << 20, gpu.fused)
+    size = chunk or plan["class_chunk"]
     chunks = math.ceil(classes / size)
-    recomputed = 1 - plan.kept_classes / classes
+    recomputed = 1 - plan["kept_classes"] / classes
     lines = [
         f"{name}: B = {rows:,}, D = {features}, C = {classes:,}; {chunks} chunks of {size:,} classes, "
         f"{1 - recomputed:.0%} of the products kept",
@@ -102,7 +106,7 @@ def report(rows: int, features: int, classes: int, chunk: int | None, name: str)
         "|---|---|---|---|---|---|",
     ]
     total, count = 0.0, 0.0
-    for direction, found in launches(rows, features, size, plan.input_splits, kept=False).items():
+    for direction, found in launches(rows, features, size, gpu.fused).items():
         for each in found:
             share = recomputed if direction == "backward" and each.name == "logits' product" else 1.0
             bound = each.seconds(gpu)
