@@ -33,6 +33,7 @@ struct DeviceTraits {
   bool narrow_products; // of 16-bit operands, accumulated and returned in float32
   bool lanes; // chunks are swept side by side, a thread each; else one after the other
   TilePreference tile;
+  int64_t sum_sets = 1; // in which the sum of all weights is taken
   bool fused_tiles = false; // products of 16 bits and what is made of them in one kernel, see FusedTileArgs
 };
 
@@ -52,6 +53,7 @@ constexpr GpuShape kSomeGpu{.processors = 132, .l2_bytes = int64_t{50} << 20, .f
 constexpr DeviceTraits gpu_traits(const GpuShape& gpu) {
   DeviceTraits traits{.reads_any_rows = true, .narrow_products = true, .lanes = false, .tile = {}};
   traits.tile = {4096, 0, int64_t{1} << 20, 8, 4096, gpu.processors, 4 * gpu.l2_bytes};
+  traits.sum_sets = 16;
   traits.fused_tiles = gpu.fused_tiles;
   return traits;
 }

@@ -135,6 +135,7 @@ at::Tensor ClassLoop::load_weight(
     args.out = converts ? args.out : nullptr;
     args.inverse_norms = norms;
     args.sum = weight_sum;
+    args.sum_sets = traits().sum_sets;
     kernels().load_rows(args, acc());
   }
   return operand;

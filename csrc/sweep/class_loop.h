@@ -131,8 +131,8 @@ class ClassLoop {
   }
 
   // The chunk's weights as the products read them: a view where that can be, else written to `buffer`. Beside
-  // that their inverse norms into their place of `inverse_norms` [C], and `weight_sum` [D] += the (normalised) weights,
-  // where these are given.
+  // that their inverse norms into their place of `inverse_norms` [C], and `weight_sum` [traits().sum_sets, D] += the
+  // (normalised) weights, where these are given.
   at::Tensor load_weight(
       Range classes,
       const at::Tensor& buffer,

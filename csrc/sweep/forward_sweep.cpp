@@ -186,7 +186,8 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
   const bool with_weight_sum = request.with_logit_sum && loop.centers() == 1 && !problem.one_against_all();
   const at::Tensor hard = loop.hard_rows(record.row_state);
   const LaneSums sums(loop, /*with_logit_sum=*/request.with_logit_sum && (hard.defined() || loop.centers() > 1));
-  const at::Tensor weight_sums = loop.double_zeros({lane_count, with_weight_sum ? sizes.features : 0});
+  const int64_t sum_sets = loop.traits().sum_sets;
+  const at::Tensor weight_sums = loop.double_zeros({lane_count * sum_sets, with_weight_sum ? sizes.features : 0});
   const RowOperand input(loop, record.row_state);
   InputNorms norms(loop);
   const at::Tensor factors = row_factors(loop, norms);
@@ -195,7 +196,8 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
   const FusedSets sets(loop, fused);
   loop.for_each_chunk(kept, [&](int64_t lane, Range classes) {
     const at::Tensor weight = loop.load_weight(
-        classes, lanes[lane].weight_buffer, record.inverse_norms, pointer<double>(weight_sums.select(0, lane)));
+        classes, lanes[lane].weight_buffer, record.inverse_norms,
+        pointer<double>(weight_sums.select(0, lane * sum_sets)));
     loop.for_each_tile([&](Range rows) {
       Tile tile = loop.tile(
           rows, classes, record, factors, classes.begin < kept, lanes[lane].products, /*winner_buffer=*/at::Tensor());
@@ -232,7 +234,7 @@ ForwardResult sweep_forward(const LinearProblem& problem, const ForwardRequest& 
     finish_binary(loop, sums.memory(), result);
     return result;
   }
-  record.weight_sum = with_weight_sum && lane_count > 1 ? weight_sums.sum(0) : weight_sums.select(0, 0);
+  record.weight_sum = with_weight_sum && weight_sums.size(0) > 1 ? weight_sums.sum(0) : weight_sums.select(0, 0);
   result.hardest_logit = loop.empty({sizes.rows, problem.hardest}, at::kDouble);
   result.hardest_class = loop.empty({sizes.rows, problem.hardest}, at::kLong);
   if (problem.hardest > 0) {

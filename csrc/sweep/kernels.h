@@ -70,8 +70,10 @@ struct LoadRowsArgs {
   const double* operand_scale = nullptr; // [1] or nullptr: 1; a row factor below 2^-90 with it is 0
   void* inverse_norms = nullptr; // [row_count] acc, or nullptr
   const void* given_norms = nullptr; // [row_count] acc, or nullptr: inverse norms that were taken before, on a GPU
-  // [D] += rows times inverse norms times row_factor, or nullptr. NB: if `measured`, it needs inverse_norms.
+  // [sum_sets, D] += rows times inverse norms times row_factor, or nullptr: every sum_sets-th row to a set. NB: if
+  // `measured`, it needs inverse_norms.
   double* sum = nullptr;
+  int64_t sum_sets = 1; // on a GPU more: so many more blocks read rows
 };
 
 // Products of K centers of each class, a plane [row_count, class_count] for each, as cosines: the largest of each

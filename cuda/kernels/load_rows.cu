@@ -89,7 +89,7 @@ __global__ void load_rows_kernel(LoadRowsArgs args) {
 constexpr int kSumThreads = 1024;
 constexpr int kSumWarps = kSumThreads / kWarp;
 
-// Every warp adds rows in rising order, and the warps' sums are added in order.
+// Every warp of a set's block adds rows in rising order, and the warps' sums are added in order.
 template <typename Scalar, typename T>
 __global__ void sum_rows_kernel(LoadRowsArgs args) {
   TORCHMARGIN_SHARED(double, partial, kSumThreads);
@@ -98,8 +98,9 @@ __global__ void sum_rows_kernel(LoadRowsArgs args) {
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
   const Scalar* const rows = static_cast<const Scalar*>(args.rows.data);
   const T* const norms = args.measured ? static_cast<const T*>(args.inverse_norms) : nullptr;
+  const int64_t step = kSumWarps * args.sum_sets;
   double sum = 0.0;
-  for (int64_t i = warp; i < args.row_count && k < args.features; i += kSumWarps) {
+  for (int64_t i = warp * args.sum_sets + blockIdx.y; i < args.row_count && k < args.features; i += step) {
     const double given = args.row_factor != nullptr ? args.row_factor[i] : 1.0;
     if (given != 0.0) {
       const double value = static_cast<double>(rows[i * args.rows.row_stride + k * args.rows.column_stride]);
@@ -109,11 +110,12 @@ __global__ void sum_rows_kernel(LoadRowsArgs args) {
   partial[threadIdx.x] = sum;
   __syncthreads();
   if (warp == 0 && k < args.features) {
-    double total = args.sum[k];
+    double& set = args.sum[blockIdx.y * args.features + k];
+    double total = set;
     for (int other = 0; other < kSumWarps; ++other) {
       total += partial[other * kWarp + lane];
     }
-    args.sum[k] = total;
+    set = total;
   }
 }
 
@@ -149,7 +151,8 @@ void launch_load_rows(const LoadRowsArgs& args, c10::ScalarType /*acc*/, cudaStr
       });
     }
     if (args.sum != nullptr) {
-      const unsigned blocks = static_cast<unsigned>((args.features + kWarp - 1) / kWarp);
+      const dim3 blocks(
+          static_cast<unsigned>((args.features + kWarp - 1) / kWarp), static_cast<unsigned>(args.sum_sets));
       const auto kernel = sum_rows_kernel<Scalar, T>;
       TORCHMARGIN_LAUNCH(kernel, blocks, kSumThreads, stream, args);
     }

@@ -160,6 +160,34 @@ TYPED_TEST(DeviceKernels, LoadRowsByNormsThatAreKnown) {
   }
 }
 
+// A sum of rows in sets, each a part of the rows in order.
+TEST(DeviceSumRows, InSets) {
+  for (const int64_t sets : {1, 3, 16}) {
+    const int64_t rows = 1100;
+    const int64_t features = 37;
+    const std::vector<double> x = random_values<double>(rows * features, 1);
+    std::vector<double> sum(sets * features, 1.0);
+    LoadRowsArgs args{};
+    args.rows = {x.data(), c10::ScalarType::Double, features, 1};
+    args.row_count = rows;
+    args.features = features;
+    args.sum = sum.data();
+    args.sum_sets = sets;
+    device::launch_load_rows(args, c10::ScalarType::Double, nullptr);
+    for (int64_t k = 0; k < features; ++k) {
+      for (int64_t set = 0; set < sets; ++set) {
+        double expected = 1.0;
+        double size = 1.0;
+        for (int64_t i = set; i < rows; i += sets) {
+          expected += x[i * features + k];
+          size += std::fabs(x[i * features + k]);
+        }
+        EXPECT_NEAR(sum[set * features + k], expected, rounding(rows, size));
+      }
+    }
+  }
+}
+
 // The loss and its slopes beside long double, for every reduction, with rows that are ignored (and hold NaN), far apart
 // or without another class.
 TEST(DeviceLoss, AgreesWithItsFormula) {
