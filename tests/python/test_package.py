@@ -117,7 +117,8 @@ ARROWS = {
     "csrc/api": {"include", "ops", "distributed"},
     "csrc/bindings": {"include", "plan", "ops"},
 }
-OWN_NAMES = {"cuda": {"cuda", "kernels", "hopper", "fused_tile.h", "target_values.h"}}  # how a folder's own files are named by its includes
+# How a folder's own files are named by its includes.
+OWN_NAMES = {"cuda": {"cuda", "kernels", "hopper", "fused_tile.h", "target_values.h"}}
 STAND_IN = "device_on_host.h"  # the tests' stand-in for CUDA's headers
 
 
