@@ -1,0 +1,1 @@
+"""What users copy, run and trust: whole experiments on top of torchmargin."""

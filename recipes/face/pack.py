@@ -1,0 +1,201 @@
+"""``pack`` and ``unpack``: a folder of images, or of pairs, to InsightFace's files and back."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from recipes.face.records import RecordWriter, TrainingRecords
+from recipes.face.verification_sets import read_verification_set, write_verification_set
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "WEBP": ".webp"}
+
+
+class PackError(ValueError):
+    """What cannot be packed or unpacked; the message names the file."""
+
+
+def format_of(image: bytes) -> str:
+    """Of an encoded image that can be decoded to its end; else PackError."""
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            opened.load()
+            return str(opened.format)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise PackError(f"no image: {error}"[:200]) from None
+
+
+def classes_of(folder: Path) -> dict[str, list[Path]]:
+    """The images of each subfolder, in the order of names."""
+    if not folder.is_dir():
+        raise PackError(f"{folder} is no folder")
+    found = {
+        each.name: sorted(image for image in each.rglob("*") if image.suffix.lower() in IMAGES and image.is_file())
+        for each in sorted(folder.iterdir())
+        if each.is_dir()
+    }
+    found = {name: images for name, images in found.items() if images}
+    if not found:
+        raise PackError(f"{folder} has no subfolders with images ({', '.join(IMAGES)})")
+    return found
+
+
+def pack_folder(folder: Path, to: Path, on_bad: str = "fail") -> tuple[int, int]:
+    """Writes ``to`` (a ``.rec``), its ``.idx``, and the classes' names, a line each, to ``classes.txt`` beside it.
+
+    Images are taken as they are encoded; a class without a readable one gets no label. Returns how many images and
+    classes there are. on_bad: "skip" names unreadable images on stderr and goes on.
+    """
+    found = classes_of(folder)
+    names: list[str] = []
+    images = 0
+    to.parent.mkdir(parents=True, exist_ok=True)
+    writer = RecordWriter(to)
+    try:
+        with tqdm(total=sum(map(len, found.values())), desc=f"pack {to.name}", unit="image") as progress:
+            for name, paths in found.items():
+                before = images
+                for path in paths:
+                    progress.update()
+                    image = path.read_bytes()
+                    try:
+                        format_of(image)
+                    except PackError as error:
+                        if on_bad == "fail":
+                            raise PackError(f"{path}: {error}") from None
+                        progress.write(f"skipped {path}: {error}", file=sys.stderr)
+                        continue
+                    writer.add(image, len(names))
+                    images += 1
+                if images > before:
+                    names.append(name)
+        if not images:
+            raise PackError(f"{folder} has no readable image")
+        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
+    to.with_name("classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    return images, len(names)
+
+
+def read_pairs(path: Path) -> Iterator[tuple[Path, Path, bool]]:
+    """A CSV of two images (relative to it) and 0 or 1, with or without a header."""
+    with path.open(newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            if not row or (number == 1 and row[-1].strip().lower() in ("same", "issame", "label")):
+                continue
+            if len(row) != 3 or row[2].strip() not in ("0", "1"):
+                raise PackError(f"{path}, line {number}: expected two images and 0 or 1, but got {','.join(row)[:80]}")
+            yield path.parent / row[0].strip(), path.parent / row[1].strip(), row[2].strip() == "1"
+
+
+def pack_pairs(pairs: Path, to: Path, on_bad: str = "fail") -> int:
+    """Writes ``to`` (a ``.bin``); returns the number of pairs."""
+    images: list[bytes] = []
+    same: list[bool] = []
+    for first, second, is_same in read_pairs(pairs):
+        both = []
+        for path in (first, second):
+            try:
+                image = path.read_bytes()
+                format_of(image)
+            except (OSError, PackError) as error:
+                if on_bad == "fail":
+                    raise PackError(f"{path}: {error}") from None
+                print(f"skipped a pair with {path}: {error}", file=sys.stderr)
+                break
+            both.append(image)
+        if len(both) == 2:
+            images += both
+            same.append(is_same)
+    if not same:
+        raise PackError(f"{pairs} has no pair that can be read")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    write_verification_set(to, images, same)
+    return len(same)
+
+
+def _save(image: bytes, to: Path, what: str, on_bad: str) -> bool:
+    try:
+        ending = _ENDINGS.get(format_of(image))
+    except PackError as error:
+        if on_bad == "fail":
+            raise PackError(f"{what}: {error}") from None
+        print(f"skipped {what}: {error}", file=sys.stderr)
+        return False
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.with_name(to.name + (ending or ".img")).write_bytes(image)
+    return True
+
+
+def unpack(source: Path, to: Path, on_bad: str = "fail") -> int:
+    """A ``.rec`` to a folder for each class (its name where ``classes.txt`` lies beside it), a ``.bin`` to images and
+    ``pairs.csv``. Returns the number of images."""
+    if source.suffix == ".bin":
+        images, same = read_verification_set(source)
+        rows = []
+        for pair, is_same in enumerate(same):
+            names = [f"{2 * pair + side:07d}" for side in (0, 1)]
+            saved = [
+                _save(images[2 * pair + s], to / names[s], f"{source}, image {2 * pair + s}", on_bad) for s in (0, 1)
+            ]
+            if all(saved):
+                endings = [next(to.glob(f"{name}.*")).name for name in names]
+                rows.append([*endings, int(is_same)])
+        with (to / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["first", "second", "same"], *rows])
+        return 2 * len(rows)
+    records = TrainingRecords(source)
+    names_file = source.with_name("classes.txt")
+    class_names = names_file.read_text(encoding="utf-8").splitlines() if names_file.exists() else []
+    written = 0
+    for place in tqdm(range(len(records)), desc=f"unpack {source.name}", unit="image"):
+        image, label = records[place]
+        name = class_names[label] if label < len(class_names) else f"{label:07d}"
+        if Path(name).name != name or name in (".", ".."):
+            raise PackError(f"{names_file}, line {label + 1}: {name!r} is no folder's name")
+        key = records.keys[place]
+        written += _save(image, to / name / f"{key:08d}", f"{source}, record {key}", on_bad)
+    return written
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    """``pack`` and ``unpack`` to the recipe's."""
+    pack = commands.add_parser("pack", help="a folder of classes to train.rec, or a CSV of pairs to a .bin")
+    pack.add_argument(
+        "source", type=Path, help="folder with a subfolder for each class, or a CSV: image, image, 0 or 1"
+    )
+    pack.add_argument("out", type=Path, help="....rec, or ....bin for pairs")
+    back = commands.add_parser("unpack", help="a .rec or .bin to images")
+    back.add_argument("source", type=Path)
+    back.add_argument("out", type=Path, help="a folder")
+    for each in (pack, back):
+        each.add_argument("--on-bad", choices=["skip", "fail"], default="fail", help="images that cannot be decoded")
+    pack.set_defaults(run=_run_pack)
+    back.set_defaults(run=_run_unpack)
+
+
+def _run_pack(options: argparse.Namespace) -> int:
+    if options.out.suffix == ".bin":
+        count = pack_pairs(options.source, options.out, options.on_bad)
+        print(f"{options.out}: {count:,} pairs")
+    elif options.out.suffix == ".rec":
+        images, classes = pack_folder(options.source, options.out, options.on_bad)
+        print(f"{options.out}: {images:,} images of {classes:,} classes")
+    else:
+        raise PackError(f"expected {options.out} to end in .rec or .bin")
+    return 0
+
+
+def _run_unpack(options: argparse.Namespace) -> int:
+    print(f"{options.out}: {unpack(options.source, options.out, options.on_bad):,} images")
+    return 0
