@@ -1,0 +1,124 @@
+"""The embedding networks of the experiment: IResNet (He et al.'s "Identity Mappings" as ArcFace trains it).
+
+From images [B, 3, 112, 112], normalised to [-1, 1], to embeddings [B, 512]. The first convolution keeps the resolution;
+a block is BN, conv, BN, PReLU, conv (with the stride), BN, beside a shortcut; at the end BN, dropout, a linear layer in
+float32 and BN without a scale. Parameters have InsightFace's names, so that its checkpoints load.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# Blocks of the four stages.
+DEPTHS = {
+    "iresnet18": (2, 2, 2, 2),
+    "iresnet34": (3, 4, 6, 3),
+    "iresnet50": (3, 4, 14, 3),
+    "iresnet100": (3, 13, 30, 3),
+    "iresnet200": (6, 26, 60, 6),
+}
+_REDUCTION = 16  # of height and width, by the four stages
+
+
+class Block(nn.Module):
+    """[B, C_in, H, W] to [B, C_out, H / stride, W / stride]."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.prelu = nn.PReLU(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or channels_in != channels:
+            shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.prelu(self.bn2(self.conv1(self.bn1(x))))
+        y = self.bn3(self.conv2(y))
+        shortcut: Tensor = x if self.downsample is None else self.downsample(x)
+        y = y + shortcut
+        return y
+
+
+class IResNet(nn.Module):
+    """
+    Args:
+        blocks: of the four stages.
+        features: the embedding's size.
+        size: height and width of the images, a multiple of 16.
+        width: channels of the first stage (each next has twice as many); 64 but for small experiments.
+        dropout: before the linear layer.
+        checkpointing: blocks are run again in the backward pass instead of keeping what they made.
+    """
+
+    def __init__(
+        self,
+        blocks: tuple[int, int, int, int],
+        features: int = 512,
+        size: int = 112,
+        width: int = 64,
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if size < _REDUCTION or size % _REDUCTION:
+            raise ValueError(f"expected size to be a multiple of {_REDUCTION}, but got {size}")
+        if len(blocks) != 4 or min(blocks) < 1 or width < 1 or features < 1:
+            raise ValueError(
+                f"expected four stages of blocks, but got {blocks} of width {width} to {features} features"
+            )
+        self.size = size
+        self.checkpointing = checkpointing
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.prelu = nn.PReLU(width)
+        channels = width
+        for stage, count in enumerate(blocks):
+            out = width << stage
+            of_stage = [Block(channels if place == 0 else out, out, 2 if place == 0 else 1) for place in range(count)]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*of_stage))
+            channels = out
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(channels * (size // _REDUCTION) ** 2, features)
+        self.features = nn.BatchNorm1d(features)
+        self.features.weight.requires_grad_(False)  # stays 1: the head normalises
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, size, size] to [B, features], float32 under autocast."""
+        if x.dim() != 4 or x.shape[1:] != (3, self.size, self.size):
+            raise ValueError(f"expected images [B, 3, {self.size}, {self.size}], but got {list(x.shape)}")
+        x = self.prelu(self.bn1(self.conv1(x)))
+        for stage in range(1, 5):
+            for block in self.get_submodule(f"layer{stage}").children():
+                if self.checkpointing and self.training and torch.is_grad_enabled():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+        x = self.dropout(self.bn2(x).flatten(1))
+        with torch.autocast(x.device.type, enabled=False):
+            found: Tensor = self.features(self.fc(x.to(self.fc.weight.dtype)))
+        return found
+
+
+def iresnet(
+    name: str,
+    features: int = 512,
+    size: int = 112,
+    width: int = 64,
+    dropout: float = 0.0,
+    checkpointing: bool = False,
+) -> IResNet:
+    """By name: iresnet18, iresnet34, iresnet50, iresnet100 or iresnet200."""
+    if name not in DEPTHS:
+        raise ValueError(f"expected one of {', '.join(DEPTHS)}, but got {name!r}")
+    return IResNet(DEPTHS[name], features, size, width, dropout, checkpointing)
