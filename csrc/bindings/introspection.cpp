@@ -181,10 +181,7 @@ Plan choose_plan_for_gpu(
   request.classes = classes;
   request.dtype = c10::ScalarType::Float;
   request.compute_dtype = c10::ScalarType::Half;
-  request.weight_in_rows = true;
   request.fused = true;
-  request.calls = 1;
-  request.centers = 1;
   const GpuShape gpu{processors, l2_bytes, fused_tiles};
   const SweepPlan made = make_sweep_plan(request, gpu_traits(gpu), c10::DeviceType::CUDA);
   const ChunkPlan& plan = made.chunks;

@@ -35,60 +35,50 @@ int64_t count_valid(const LossRows<int64_t>& target, int64_t rows, int64_t ignor
 at::Tensor margin_loss_cpu(TORCHMARGIN_LOSS_OP_PARAMETERS) {
   constexpr std::string_view op = "_margin_loss";
   const at::ScalarType dtype = wide ? at::kDouble : at::kFloat;
-  const Reduction kind = check_reduction(op, reduction);
-  const int64_t rows = count_loss_rows(op, other_lse);
-  const LossRows<double> other(op, "other_lse", other_lse, rows);
-  const LossRows<double> own(op, "target_logit", target_logit, rows);
-  const LossRows<double> mean(op, "mean_logit", mean_logit.has_value() ? *mean_logit : other_lse, rows);
-  const LossRows<int64_t> labels(op, "target", target, rows);
-  const at::Tensor losses = at::empty({rows}, other_lse.options().requires_grad(false));
+  const LossInputs in(op, other_lse, target_logit, target, reduction);
+  const LossRows<double> mean(op, "mean_logit", mean_logit.has_value() ? *mean_logit : other_lse, in.rows);
+  const at::Tensor losses = at::empty({in.rows}, other_lse.options().requires_grad(false));
   double* const loss = losses.data_ptr<double>();
-  for_each_row(rows, [&](int64_t i) {
-    if (labels[i] == ignore_index) {
+  for_each_row(in.rows, [&](int64_t i) {
+    if (in.labels[i] == ignore_index) {
       loss[i] = 0.0;
       return;
     }
-    loss[i] = softplus(other[i] - own[i]);
+    loss[i] = softplus(in.other[i] - in.own[i]);
     if (mean_logit.has_value()) {
-      loss[i] += label_smoothing * (own[i] - mean[i]);
+      loss[i] += label_smoothing * (in.own[i] - mean[i]);
     }
   });
-  if (kind == Reduction::none) {
+  if (in.kind == Reduction::none) {
     return losses.to(dtype);
   }
   double total = 0.0;
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < in.rows; ++i) {
     total += loss[i];
   }
-  if (kind == Reduction::mean) { // NaN without a row that counts
-    total /= static_cast<double>(count_valid(labels, rows, ignore_index));
+  if (in.kind == Reduction::mean) { // NaN without a row that counts
+    total /= static_cast<double>(count_valid(in.labels, in.rows, ignore_index));
   }
   return at::full({}, total, losses.options().dtype(dtype));
 }
 
 LossGradientTuple margin_loss_backward_cpu(TORCHMARGIN_LOSS_BACKWARD_OP_PARAMETERS) {
   constexpr std::string_view op = "_margin_loss_backward";
-  const Reduction kind = check_reduction(op, reduction);
-  const int64_t rows = count_loss_rows(op, other_lse);
-  const LossRows<double> other(op, "other_lse", other_lse, rows);
-  const LossRows<double> own(op, "target_logit", target_logit, rows);
-  const LossRows<int64_t> labels(op, "target", target, rows);
-  const bool reduced = kind != Reduction::none;
-  check_loss_grad(op, grad, reduced, rows);
+  const LossInputs in(op, other_lse, target_logit, target, reduction);
+  in.check_grad(op, grad);
   const at::Tensor wide = grad.to(at::kDouble).contiguous();
   const double* const upstream = wide.const_data_ptr<double>();
-  double whole = reduced ? *upstream : 0.0;
-  if (kind == Reduction::mean) {
-    whole /= static_cast<double>(count_valid(labels, rows, ignore_index));
+  double whole = in.reduced ? *upstream : 0.0;
+  if (in.kind == Reduction::mean) {
+    whole /= static_cast<double>(count_valid(in.labels, in.rows, ignore_index));
   }
-  const auto vector = [&] { return at::empty({rows}, other_lse.options().requires_grad(false)); };
-  const LossGradientTuple gradients{vector(), vector(), vector()};
+  const LossGradientTuple gradients = empty_loss_gradients(other_lse);
   double* const to_other = std::get<0>(gradients).data_ptr<double>();
   double* const to_own = std::get<1>(gradients).data_ptr<double>();
   double* const to_mean = std::get<2>(gradients).data_ptr<double>();
-  for_each_row(rows, [&](int64_t i) {
-    const double g = labels[i] == ignore_index ? 0.0 : (reduced ? whole : upstream[i]);
-    const RowLossGradient row = row_loss_gradient(g, other[i] - own[i], label_smoothing);
+  for_each_row(in.rows, [&](int64_t i) {
+    const double g = in.labels[i] == ignore_index ? 0.0 : (in.reduced ? whole : upstream[i]);
+    const RowLossGradient row = row_loss_gradient(g, in.other[i] - in.own[i], label_smoothing);
     to_other[i] = row.other;
     to_own[i] = row.own;
     to_mean[i] = row.mean;

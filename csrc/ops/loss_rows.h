@@ -1,12 +1,14 @@
 // The loss op's arguments, checked: for the devices that have a kernel for it.
 #pragma once
 
+#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
 #include <string_view>
 
 #include "ops/cross_entropy.h"
+#include "ops/loss_op.h"
 
 namespace torchmargin {
 
@@ -44,10 +46,38 @@ inline Reduction check_reduction(std::string_view op, int64_t reduction) {
   return static_cast<Reduction>(reduction);
 }
 
-inline void check_loss_grad(std::string_view op, const at::Tensor& grad, bool reduced, int64_t rows) {
-  TORCH_CHECK(
-      grad.dim() == (reduced ? 0 : 1) && (reduced || grad.size(0) == rows), op,
-      ": expected grad to have the shape of the loss, but got ", grad.sizes());
+// What both ops read of every row, and what becomes of it.
+struct LossInputs {
+  Reduction kind;
+  bool reduced;
+  int64_t rows;
+  LossRows<double> other, own;
+  LossRows<int64_t> labels;
+
+  LossInputs(
+      std::string_view op,
+      const at::Tensor& other_lse,
+      const at::Tensor& target_logit,
+      const at::Tensor& target,
+      int64_t reduction)
+      : kind(check_reduction(op, reduction)),
+        reduced(kind != Reduction::none),
+        rows(count_loss_rows(op, other_lse)),
+        other(op, "other_lse", other_lse, rows),
+        own(op, "target_logit", target_logit, rows),
+        labels(op, "target", target, rows) {}
+
+  void check_grad(std::string_view op, const at::Tensor& grad) const {
+    TORCH_CHECK(
+        grad.dim() == (reduced ? 0 : 1) && (reduced || grad.size(0) == rows), op,
+        ": expected grad to have the shape of the loss, but got ", grad.sizes());
+  }
+};
+
+// Room for the gradients of the three vectors.
+inline LossGradientTuple empty_loss_gradients(const at::Tensor& other_lse) {
+  const auto vector = [&] { return at::empty({other_lse.size(0)}, other_lse.options().requires_grad(false)); };
+  return {vector(), vector(), vector()};
 }
 
 } // namespace torchmargin

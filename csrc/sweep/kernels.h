@@ -318,8 +318,8 @@ struct WidenUpstreamArgs {
   double* own;
   double* sum; // or nullptr where there is no grad_logit_sum
   double* weight_factor; // scale g_o
-  double*
-      operand_scale; // [1] the power of two that brings the largest |g_o| to [least / 2, least); 1 where there is none
+  // [1] the power of two that brings the largest |g_o| to [least / 2, least); 1 where there is none
+  double* operand_scale;
   double least = 1.0;
   bool of_weight_factor = false; // the largest |weight_factor|, in place of |g_o|
 };

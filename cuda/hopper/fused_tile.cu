@@ -170,6 +170,19 @@ __device__ inline int32_t own_column(const FusedTileArgs& args, const LoadedRow&
   return own >= 0 && own < kTileClasses ? static_cast<int32_t>(own) : -1;
 }
 
+// What a thread has of a row, where it does not count: in its own class's column and past the last one.
+__device__ __forceinline__ void mask_columns(float (&acc)[128], int h, int32_t own, int left, bool all, float masked) {
+#pragma unroll
+  for (int j = 0; j < 32; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int column = 8 * j + 2 * static_cast<int>(threadIdx.x % 4) + e;
+      float& z = acc[4 * j + 2 * h + e];
+      z = column == own || column >= left || all ? masked : z;
+    }
+  }
+}
+
 // The sums of 2^(exponent) of a thread's half of a row, of its four lanes together. At most 16 terms are summed in
 // float32.
 template <bool kFactors, int kCluster>
@@ -196,15 +209,7 @@ __device__ __forceinline__ void add_row(
     }
   }
   if (left < kTileClasses || own >= 0) { // rare
-#pragma unroll
-    for (int j = 0; j < 32; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = 8 * j + 2 * quad + e;
-        float& z = acc[4 * j + 2 * h + e];
-        z = column == own || column >= left ? -INFINITY : z;
-      }
-    }
+    mask_columns(acc, h, own, left, /*all=*/false, -INFINITY);
   }
   const float scale = kFactors ? static_cast<float>(kLog2E) : static_cast<float>(args.tile.scale * kLog2E);
   float largest = -INFINITY;
@@ -288,15 +293,7 @@ __device__ __forceinline__ void weigh_row(
     }
   }
   if (left < kTileClasses || own >= 0 || !used) { // rare
-#pragma unroll
-    for (int j = 0; j < 32; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = 8 * j + 2 * quad + e;
-        float& z = acc[4 * j + 2 * h + e];
-        z = column == own || column >= left || !used ? 0.0F : z;
-      }
-    }
+    mask_columns(acc, h, own, left, /*all=*/!used, 0.0F);
   }
   Operand* const out = static_cast<Operand*>(args.out) + row * args.out_row_stride + first_class + 8 * quad;
 #pragma unroll

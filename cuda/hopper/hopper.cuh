@@ -103,52 +103,39 @@ __device__ inline void wait_for_products() {
   "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), "+f"(acc[i + 5]), \
       "+f"(acc[i + 6]), "+f"(acc[i + 7])
 
+// clang-format off
+// The product for operands of a type that PTX names so.
+#define TORCHMARGIN_MULTIPLY(type)                                                                                    \
+  asm volatile(                                                                                                       \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                                   \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {"                                               \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                        \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                              \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                              \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                              \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                              \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                              \
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "                  \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"                \
+      "}, %128, %129, p, 1, 1, 0, 0;\n}\n"                                                                            \
+      : TORCHMARGIN_ACC8(0), TORCHMARGIN_ACC8(8), TORCHMARGIN_ACC8(16), TORCHMARGIN_ACC8(24),                         \
+        TORCHMARGIN_ACC8(32), TORCHMARGIN_ACC8(40), TORCHMARGIN_ACC8(48), TORCHMARGIN_ACC8(56),                       \
+        TORCHMARGIN_ACC8(64), TORCHMARGIN_ACC8(72), TORCHMARGIN_ACC8(80), TORCHMARGIN_ACC8(88),                       \
+        TORCHMARGIN_ACC8(96), TORCHMARGIN_ACC8(104), TORCHMARGIN_ACC8(112), TORCHMARGIN_ACC8(120)                     \
+      : "l"(a), "l"(b), "r"(accumulate))
+// clang-format on
+
 // acc [64, 256] = or += a [64, 16] b [256, 16]^T, both from shared memory.
 template <typename Operand>
-__device__ inline void multiply_16(float (&acc)[128], uint64_t a, uint64_t b, int32_t accumulate);
-
-// clang-format off
-template <>
-__device__ inline void multiply_16<c10::Half>(float (&acc)[128], uint64_t a, uint64_t b, int32_t accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-      "}, %128, %129, p, 1, 1, 0, 0;\n}\n"
-      : TORCHMARGIN_ACC8(0), TORCHMARGIN_ACC8(8), TORCHMARGIN_ACC8(16), TORCHMARGIN_ACC8(24),
-        TORCHMARGIN_ACC8(32), TORCHMARGIN_ACC8(40), TORCHMARGIN_ACC8(48), TORCHMARGIN_ACC8(56),
-        TORCHMARGIN_ACC8(64), TORCHMARGIN_ACC8(72), TORCHMARGIN_ACC8(80), TORCHMARGIN_ACC8(88),
-        TORCHMARGIN_ACC8(96), TORCHMARGIN_ACC8(104), TORCHMARGIN_ACC8(112), TORCHMARGIN_ACC8(120)
-      : "l"(a), "l"(b), "r"(accumulate));
+__device__ inline void multiply_16(float (&acc)[128], uint64_t a, uint64_t b, int32_t accumulate) {
+  if constexpr (std::is_same_v<Operand, c10::Half>) {
+    TORCHMARGIN_MULTIPLY("f16");
+  } else {
+    static_assert(std::is_same_v<Operand, c10::BFloat16>);
+    TORCHMARGIN_MULTIPLY("bf16");
+  }
 }
-template <>
-__device__ inline void multiply_16<c10::BFloat16>(float (&acc)[128], uint64_t a, uint64_t b, int32_t accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-      "}, %128, %129, p, 1, 1, 0, 0;\n}\n"
-      : TORCHMARGIN_ACC8(0), TORCHMARGIN_ACC8(8), TORCHMARGIN_ACC8(16), TORCHMARGIN_ACC8(24),
-        TORCHMARGIN_ACC8(32), TORCHMARGIN_ACC8(40), TORCHMARGIN_ACC8(48), TORCHMARGIN_ACC8(56),
-        TORCHMARGIN_ACC8(64), TORCHMARGIN_ACC8(72), TORCHMARGIN_ACC8(80), TORCHMARGIN_ACC8(88),
-        TORCHMARGIN_ACC8(96), TORCHMARGIN_ACC8(104), TORCHMARGIN_ACC8(112), TORCHMARGIN_ACC8(120)
-      : "l"(a), "l"(b), "r"(accumulate));
-}
-// clang-format on
+#undef TORCHMARGIN_MULTIPLY
 #undef TORCHMARGIN_ACC8
 
 template <int kRegisters>
