@@ -79,7 +79,8 @@ def plan(
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | None = None,
 ) -> Plan:
-    """Which path and chunking a problem of this size would run with, under the present limit.
+    """Which path and chunking a loss of cosines (normalised, without a bias) of this size would run with, under the
+    present limit and on the present GPU.
 
     ``compute_dtype`` is that of the ops, which autocast sets for float32 weights.
     """
