@@ -7,6 +7,9 @@ float32 and BN without a scale. Parameters have InsightFace's names, so that its
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -42,8 +45,28 @@ class Block(nn.Module):
         y: Tensor = self.prelu(self.bn2(self.conv1(self.bn1(x))))
         y = self.bn3(self.conv2(y))
         shortcut: Tensor = x if self.downsample is None else self.downsample(x)
-        y = y + shortcut
-        return y
+        return y.add(shortcut)
+
+
+@contextmanager
+def _statistics_stay(block: nn.Module) -> Iterator[None]:
+    """Batch norms normalise by their batch and take it into no mean: they did when they first saw it."""
+    norms = [each for each in block.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    before = [(each.momentum, each.num_batches_tracked) for each in norms]
+    for each in norms:  # NB: not track_running_stats: as many tensors have to be saved as in the first run
+        each.momentum, each.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for each, (momentum, count) in zip(norms, before):
+            each.momentum, each.num_batches_tracked = momentum, count
+
+
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """The block, run again in the backward pass; its statistics are those of one run."""
+    contexts = lambda: (nullcontext(), _statistics_stay(block))
+    result: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+    return result
 
 
 class IResNet(nn.Module):
@@ -100,10 +123,8 @@ class IResNet(nn.Module):
         x = self.prelu(self.bn1(self.conv1(x)))
         for stage in range(1, 5):
             for block in self.get_submodule(f"layer{stage}").children():
-                if self.checkpointing and self.training and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
+                again = self.checkpointing and self.training and torch.is_grad_enabled()
+                x = _checkpointed(block, x) if again else block(x)
         x = self.dropout(self.bn2(x).flatten(1))
         with torch.autocast(x.device.type, enabled=False):
             found: Tensor = self.features(self.fc(x.to(self.fc.weight.dtype)))
