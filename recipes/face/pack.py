@@ -33,6 +33,33 @@ def format_of(image: bytes) -> str:
         raise PackError(f"no image: {error}"[:200]) from None
 
 
+def _bad(what: object, error: Exception, on_bad: str) -> None:
+    """An image that cannot be decoded: fails, or is named."""
+    if on_bad == "fail":
+        raise PackError(f"{what}: {error}") from None
+    tqdm.write(f"skipped {what}: {error}", file=sys.stderr)
+
+
+def _read(path: Path, on_bad: str) -> bytes | None:
+    """An image's file; None where it is bad and skipped."""
+    try:
+        image = path.read_bytes()
+        format_of(image)
+    except (OSError, PackError) as error:
+        _bad(path, error, on_bad)
+        return None
+    return image
+
+
+def _ending(image: bytes, what: str, on_bad: str) -> str | None:
+    """Of an encoded image's file; None where it is bad and skipped."""
+    try:
+        return _ENDINGS.get(format_of(image), ".img")
+    except PackError as error:
+        _bad(what, error, on_bad)
+        return None
+
+
 def classes_of(folder: Path) -> dict[str, list[Path]]:
     """The images of each subfolder, in the order of names."""
     if not folder.is_dir():
@@ -43,6 +70,9 @@ def classes_of(folder: Path) -> dict[str, list[Path]]:
         if each.is_dir()
     }
     found = {name: images for name, images in found.items() if images}
+    bad = next((name for name in found if "\n" in name or "\r" in name), None)
+    if bad is not None:
+        raise PackError(f"{folder} has a class {bad!r}, which is no line of a text")
     if not found:
         raise PackError(f"{folder} has no subfolders with images ({', '.join(IMAGES)})")
     return found
@@ -65,16 +95,10 @@ def pack_folder(folder: Path, to: Path, on_bad: str = "fail") -> tuple[int, int]
                 before = images
                 for path in paths:
                     progress.update()
-                    image = path.read_bytes()
-                    try:
-                        format_of(image)
-                    except PackError as error:
-                        if on_bad == "fail":
-                            raise PackError(f"{path}: {error}") from None
-                        progress.write(f"skipped {path}: {error}", file=sys.stderr)
-                        continue
-                    writer.add(image, len(names))
-                    images += 1
+                    image = _read(path, on_bad)
+                    if image is not None:
+                        writer.add(image, len(names))
+                        images += 1
                 if images > before:
                     names.append(name)
         if not images:
@@ -103,19 +127,9 @@ def pack_pairs(pairs: Path, to: Path, on_bad: str = "fail") -> int:
     images: list[bytes] = []
     same: list[bool] = []
     for first, second, is_same in read_pairs(pairs):
-        both = []
-        for path in (first, second):
-            try:
-                image = path.read_bytes()
-                format_of(image)
-            except (OSError, PackError) as error:
-                if on_bad == "fail":
-                    raise PackError(f"{path}: {error}") from None
-                print(f"skipped a pair with {path}: {error}", file=sys.stderr)
-                break
-            both.append(image)
-        if len(both) == 2:
-            images += both
+        one, other = _read(first, on_bad), _read(second, on_bad)
+        if one is not None and other is not None:
+            images += [one, other]
             same.append(is_same)
     if not same:
         raise PackError(f"{pairs} has no pair that can be read")
@@ -124,39 +138,27 @@ def pack_pairs(pairs: Path, to: Path, on_bad: str = "fail") -> int:
     return len(same)
 
 
-def _save(image: bytes, to: Path, what: str, on_bad: str) -> bool:
-    try:
-        ending = _ENDINGS.get(format_of(image))
-    except PackError as error:
-        if on_bad == "fail":
-            raise PackError(f"{what}: {error}") from None
-        print(f"skipped {what}: {error}", file=sys.stderr)
-        return False
-    to.parent.mkdir(parents=True, exist_ok=True)
-    to.with_name(to.name + (ending or ".img")).write_bytes(image)
-    return True
-
-
 def unpack(source: Path, to: Path, on_bad: str = "fail") -> int:
     """A ``.rec`` to a folder for each class (its name where ``classes.txt`` lies beside it), a ``.bin`` to images and
     ``pairs.csv``. Returns the number of images."""
     if source.suffix == ".bin":
         images, same = read_verification_set(source)
+        to.mkdir(parents=True, exist_ok=True)
         rows = []
         for pair, is_same in enumerate(same):
-            names = [f"{2 * pair + side:07d}" for side in (0, 1)]
-            saved = [
-                _save(images[2 * pair + s], to / names[s], f"{source}, image {2 * pair + s}", on_bad) for s in (0, 1)
-            ]
-            if all(saved):
-                endings = [next(to.glob(f"{name}.*")).name for name in names]
-                rows.append([*endings, int(is_same)])
+            places = (2 * pair, 2 * pair + 1)
+            endings = [_ending(images[place], f"{source}, image {place}", on_bad) for place in places]
+            if None not in endings:
+                names = [f"{place:07d}{ending}" for place, ending in zip(places, endings)]
+                for name, place in zip(names, places):
+                    (to / name).write_bytes(images[place])
+                rows.append([*names, int(is_same)])
         with (to / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["first", "second", "same"], *rows])
         return 2 * len(rows)
     records = TrainingRecords(source)
     names_file = source.with_name("classes.txt")
-    class_names = names_file.read_text(encoding="utf-8").splitlines() if names_file.exists() else []
+    class_names = names_file.read_text(encoding="utf-8").split("\n")[:-1] if names_file.exists() else []
     written = 0
     for place in tqdm(range(len(records)), desc=f"unpack {source.name}", unit="image"):
         image, label = records[place]
@@ -164,7 +166,11 @@ def unpack(source: Path, to: Path, on_bad: str = "fail") -> int:
         if Path(name).name != name or name in (".", ".."):
             raise PackError(f"{names_file}, line {label + 1}: {name!r} is no folder's name")
         key = records.keys[place]
-        written += _save(image, to / name / f"{key:08d}", f"{source}, record {key}", on_bad)
+        ending = _ending(image, f"{source}, record {key}", on_bad)
+        if ending is not None:
+            (to / name).mkdir(parents=True, exist_ok=True)
+            (to / name / f"{key:08d}{ending}").write_bytes(image)
+            written += 1
     return written
 
 

@@ -236,7 +236,10 @@ class TrainingRecords:
         """Of all images, in order: reads their headers, not the images."""
         for place, key in enumerate(self.keys):
             head = os.pread(self.file.descriptor, _WORDS.size + _HEADER.size + 4, self.file.offsets[key])
-            if len(head) < _WORDS.size + _HEADER.size or (_WORDS.unpack_from(head)[1] & _MOST_BYTES) < _HEADER.size + 4:
+            if (
+                len(head) < _WORDS.size + _HEADER.size + 4
+                or _WORDS.unpack_from(head)[1] & _MOST_BYTES < _HEADER.size + 4
+            ):
                 yield self[place][1]  # cut short, or to pieces
                 continue
             flag, label, _, _ = _HEADER.unpack_from(head, _WORDS.size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import math
 import pickle
 import pickletools
 from collections.abc import Sequence
@@ -31,6 +32,22 @@ class VerificationSet(NamedTuple):
 _KINDS = "buif"  # of arrays: booleans and numbers
 
 
+def _shown(value: object) -> str:
+    """For a message. NB: what a pickle made may be lists of itself, of which a text would have no end."""
+    if value is None or isinstance(value, bool) or (isinstance(value, (int, np.integer)) and abs(int(value)) < 1000):
+        return str(value)
+    return repr(value[:8]) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def _numbers(data: object, dtype: object) -> np.ndarray[Any, Any]:
+    """The bytes of an array or a scalar as its stand-in holds them, text of old pickles too."""
+    if isinstance(data, str):
+        data = data.encode("latin1")
+    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
+        raise VerificationSetError("it holds an array of objects")
+    return np.frombuffer(data, dtype.resolved())
+
+
 class _Dtype:
     """Stands for numpy.dtype: its code, which numpy looks at only once it is found to be harmless."""
 
@@ -39,8 +56,8 @@ class _Dtype:
     def __init__(self, text: object = None, *_: object) -> None:
         if isinstance(text, bytes):
             text = text.decode("ascii", "replace")
-        if not isinstance(text, str) or len(text) > 8 or text.lstrip("<>|=")[:1] not in _KINDS:
-            raise VerificationSetError(f"it holds an array of {text!r}")
+        if not isinstance(text, str) or len(text) > 8 or text.lstrip("<>|=")[:1] not in list(_KINDS):
+            raise VerificationSetError(f"it holds an array of {_shown(text)}")
         self.text = text
         self.order = ""
 
@@ -77,20 +94,10 @@ class _Array:
         if not (isinstance(state, tuple) and len(state) == 5):
             raise VerificationSetError("it holds an array without numbers")
         _, shape, dtype, _, data = state
-        if isinstance(data, str):
-            data = data.encode("latin1")
-        if not (
-            isinstance(dtype, _Dtype)
-            and isinstance(data, bytes)
-            and isinstance(shape, tuple)
-            and all(isinstance(each, int) and each >= 0 for each in shape)
-        ):
-            raise VerificationSetError("it holds an array of objects")
-        array = np.frombuffer(data, dtype.resolved())
-        count = 1
-        for each in shape:
-            count *= each
-        if count != array.size:
+        array = _numbers(data, dtype)
+        if not isinstance(shape, tuple) or not all(isinstance(each, int) and each >= 0 for each in shape):
+            raise VerificationSetError("it holds an array without a shape")
+        if math.prod(shape) != array.size:
             raise VerificationSetError(f"it holds an array of shape {shape} with {array.size} numbers")
         return array.reshape(shape)  # NB: of images one dimension, so that order is of no matter
 
@@ -104,10 +111,7 @@ class _Scalar:
         self.dtype, self.data = dtype, data
 
     def resolved(self) -> Any:
-        data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
-        if not isinstance(self.dtype, _Dtype) or not isinstance(data, bytes):
-            raise VerificationSetError("it holds a number that is none")
-        values = np.frombuffer(data, self.dtype.resolved())
+        values = _numbers(self.data, self.dtype)
         if values.size != 1:
             raise VerificationSetError("it holds a number that is none")
         return values[0]
@@ -116,7 +120,7 @@ class _Scalar:
 def _encode(text: object = "", encoding: object = "latin1", *_: object) -> bytes:
     """Stands for _codecs.encode, by which old pickles spell bytes."""
     if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
-        raise VerificationSetError(f"it encodes by {encoding!r}")
+        raise VerificationSetError(f"it encodes by {_shown(encoding)}")
     return codecs.encode(text, "latin1")
 
 
@@ -187,18 +191,8 @@ class _Restricted(pickle.Unpickler):
 def _unpickle(data: bytes) -> object:
     """NB: encoding="bytes", for Python 2 wrote text where bytes are meant."""
     file = io.BytesIO(data)
-    unpickler = _Restricted(file, encoding="bytes")
-    try:
-        _check_opcodes(data)
-        found = unpickler.load()
-    except VerificationSetError:
-        raise
-    except RecursionError:
-        raise VerificationSetError("it is nested too deeply") from None
-    except MemoryError:
-        raise VerificationSetError("it asks for more memory than there is") from None
-    except Exception as error:  # of a pickle that is damaged or hostile: whatever its numbers led to
-        raise VerificationSetError(f"it is damaged: {type(error).__name__}: {error}"[:200]) from None
+    _check_opcodes(data)
+    found = _Restricted(file, encoding="bytes").load()
     if file.read(1):
         raise VerificationSetError("something follows its end")
     return found
@@ -228,11 +222,24 @@ def _same(found: object, place: int) -> bool:
     value = found.resolved() if isinstance(found, _Scalar) else found
     if isinstance(value, (bool, np.bool_)) or (isinstance(value, (int, np.integer)) and int(value) in (0, 1)):
         return bool(value)
-    raise VerificationSetError(f"whether pair {place} is of one person is {str(value)[:40]}, neither true nor false")
+    raise VerificationSetError(f"whether pair {place} is of one person is {_shown(value)}, neither true nor false")
 
 
 def parse_verification_set(data: bytes) -> VerificationSet:
     """Of a file's bytes. VerificationSetError says what is wrong with them; nothing of them has run then."""
+    try:
+        return _parse(data)
+    except VerificationSetError:
+        raise
+    except RecursionError:
+        raise VerificationSetError("it is nested too deeply") from None
+    except MemoryError:
+        raise VerificationSetError("it asks for more memory than there is") from None
+    except Exception as error:  # of a pickle that is damaged or hostile: whatever its numbers led to
+        raise VerificationSetError(f"it is damaged: {type(error).__name__}: {error}"[:200]) from None
+
+
+def _parse(data: bytes) -> VerificationSet:
     found = _unpickle(data)
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         raise VerificationSetError("it is not a pair of images and of which are of one person")

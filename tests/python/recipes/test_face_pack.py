@@ -11,7 +11,7 @@ import torch
 Image = pytest.importorskip("PIL.Image")
 from recipes.face.__main__ import main  # noqa: E402
 from recipes.face.records import TrainingRecords  # noqa: E402
-from recipes.face.verification_sets import read_verification_set  # noqa: E402
+from recipes.face.verification_sets import read_verification_set, write_verification_set  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -112,6 +112,37 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch, capsys, arguments, said):
     error = capsys.readouterr().err
     assert error.startswith(f"{arguments[0]}: ") and said in error
     assert not (tmp_path / "a.rec").exists() and not (tmp_path / "a.bin").exists()
+
+
+def test_a_second_unpack_names_its_own_files(photographs, tmp_path):
+    """What lies there from another set, by the same numbers, is not taken for this one's."""
+    folder, images = photographs
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/0000000.bmp").write_bytes(b"of another set")
+    pairs = folder / "pairs.csv"
+    pairs.write_text("Ada/1.jpg,Ada/2.JPEG,1\n")
+    for _ in range(2):
+        assert main(["pack", str(pairs), str(tmp_path / "val.bin")]) == 0
+        assert main(["unpack", str(tmp_path / "val.bin"), str(tmp_path / "out")]) == 0
+        assert (tmp_path / "out/pairs.csv").read_text().splitlines()[1] == "0000000.jpg,0000001.jpg,1"
+
+
+def test_a_set_without_a_readable_image(tmp_path, capsys):
+    write_verification_set(tmp_path / "bad.bin", [b"no image", b"nor this"], [True])
+    assert main(["unpack", str(tmp_path / "bad.bin"), str(tmp_path / "out"), "--on-bad", "skip"]) == 0
+    assert "bad.bin, image 0: no image" in capsys.readouterr().err
+    assert (tmp_path / "out/pairs.csv").read_text().splitlines() == ["first,second,same"]
+
+
+def test_class_names_are_lines(photographs, tmp_path, capsys):
+    folder, _ = photographs
+    (folder / "Ada").rename(folder / "A\nda")
+    assert main(["pack", str(folder), str(tmp_path / "train.rec")]) == 1
+    assert "a class 'A\\nda', which is no line of a text" in capsys.readouterr().err
+    (folder / "A\nda").rename(folder / "A\u2028da")  # which str.splitlines() would take for two
+    assert main(["pack", str(folder), str(tmp_path / "train.rec")]) == 0
+    assert main(["unpack", str(tmp_path / "train.rec"), str(tmp_path / "out")]) == 0
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == sorted(["A\u2028da", "Bébé", "Zoe"])
 
 
 def test_class_names_are_no_paths(photographs, tmp_path, capsys):

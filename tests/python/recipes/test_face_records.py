@@ -1,5 +1,6 @@
 """RecordIO beside mxnet: data/by_mxnet.rec was written once by mxnet 1.9.1's MXIndexedRecordIO."""
 
+import os
 import pickle
 import struct
 import tempfile
@@ -164,6 +165,18 @@ def test_a_label_that_is_no_class(tmp_path, label):
         records[0]
     with pytest.raises(RecordError, match="is no class"):
         list(records.labels())
+
+
+def test_labels_of_a_file_that_is_cut_short(tmp_path):
+    """Inside the labels of its last record: the record is named, as where it is read whole."""
+    path = tmp_path / "a.rec"
+    with path.open("wb") as file:
+        write_record(file, pack_header((1.0, 2.0), 0, b"image"))
+    path.with_suffix(".idx").write_text("1\t0\n")
+    assert list(TrainingRecords(path).labels()) == [1]
+    os.truncate(path, 33)
+    with pytest.raises(RecordError, match="a.rec, record 1: the file ends 12 bytes before its end"):
+        list(TrainingRecords(path).labels())
 
 
 def test_writers_refuse_what_readers_could_not_tell(tmp_path):

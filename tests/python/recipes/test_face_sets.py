@@ -135,6 +135,37 @@ def test_a_pickle_that_asks_for_memory():
         parse_verification_set(data.replace(b"K\x06\x85", b"J\xff\xff\xff\x7f\x85"))
 
 
+ARRAYS = pickle.dumps(([np.frombuffer(b"abc", np.uint8)] * 2, [True]), protocol=2)
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        (b"X\x02\x00\x00\x00u2", "it is damaged: ValueError: buffer size"),  # three bytes are no numbers of two
+        (b"X\x00\x00\x00\x00", "it holds an array of ''"),
+        (b"X\x02\x00\x00\x00u3", "it holds an array of '.?u3'"),
+        (b"X\x05\x00\x00\x00u1,u1", "it holds an array of"),
+        (b"X\x03\x00\x00\x00f16", "it holds an array of float128|it is damaged"),
+        (b"]\x8c\x00a", "it holds an array of a list"),
+    ],
+)
+def test_arrays_that_are_none(code, said):
+    assert ARRAYS.count(b"X\x02\x00\x00\x00u1") == 1
+    with pytest.raises(VerificationSetError, match=said):
+        parse_verification_set(ARRAYS.replace(b"X\x02\x00\x00\x00u1", code))
+
+
+@pytest.mark.parametrize(
+    "place", [b"", b"c_codecs\nencode\nX\x00\x00\x00\x00", b"cnumpy\ndtype\n"], ids=["pair", "text", "array"]
+)
+def test_lists_of_themselves_are_not_written_out(place):
+    """Fifty lists, each twice in the next: a text of them would have 2^50 elements."""
+    lists = b"]q\x000" + b"".join(b"(h%ch%clq%c0" % (i, i, i + 1) for i in range(50)) + b"h\x32"
+    hostile = {b"": lists}.get(place, place + lists + (b"\x86R" if b"encode" in place else b"\x85R"))
+    with pytest.raises(VerificationSetError, match="a list"):
+        parse_verification_set(b"\x80\x02](U\x01aU\x01ae](" + hostile + b"e\x86.")
+
+
 def test_what_follows_the_end():
     with pytest.raises(VerificationSetError, match="something follows its end"):
         parse_verification_set(pickle.dumps((IMAGES, SAME), protocol=2) + b"more")
