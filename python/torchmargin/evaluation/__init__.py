@@ -6,21 +6,34 @@ and returns plain numbers. docs/evaluation.md shows the use with LFW's pair list
 
 from torchmargin.evaluation.identification import Identification, identify, top_k
 from torchmargin.evaluation.pairs import Pair, all_pairs, pair_scores, read_lfw_pairs, read_pairs
-from torchmargin.evaluation.verification import KFoldAccuracy, Roc, Verification, kfold_accuracy, roc, verify
+from torchmargin.evaluation.templates import pool_templates
+from torchmargin.evaluation.verification import (
+    KFoldAccuracy,
+    Roc,
+    Thresholds,
+    Verification,
+    kfold_accuracy,
+    roc,
+    tar_nearest,
+    verify,
+)
 
 __all__ = [
     "Identification",
     "KFoldAccuracy",
     "Pair",
     "Roc",
+    "Thresholds",
     "Verification",
     "all_pairs",
     "identify",
     "kfold_accuracy",
     "pair_scores",
+    "pool_templates",
     "read_lfw_pairs",
     "read_pairs",
     "roc",
+    "tar_nearest",
     "top_k",
     "verify",
 ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from torchmargin.evaluation.checks import check_count, check_rates
 
-__all__ = ["KFoldAccuracy", "Roc", "Verification", "kfold_accuracy", "roc", "verify"]
+__all__ = ["KFoldAccuracy", "Roc", "Thresholds", "Verification", "kfold_accuracy", "roc", "tar_nearest", "verify"]
+
+Thresholds = Literal["exact", "insightface"]  # those that kfold_accuracy chooses from
 
 
 class Roc(NamedTuple):
@@ -27,6 +29,7 @@ class Verification(NamedTuple):
     tar: dict[float, float]  # for each false accept rate, the largest true accept rate that does not exceed it
     pairs: int
     same_pairs: int
+    threshold: dict[float, float]  # for each false accept rate, the lowest score that may be accepted; inf: none may
 
 
 class KFoldAccuracy(NamedTuple):
@@ -101,14 +104,37 @@ def verify(
     refused = 1 - curve.true_accept_rate
     # false accepts - false refusals rises along the curve, from -1 to 1.
     eer = np.interp(0.0, curve.false_accept_rate - refused, curve.false_accept_rate)
-    allowed = {rate: curve.true_accept_rate[curve.false_accept_rate <= rate] for rate in rates}
+    # Both rates rise along the curve, so the last allowed place is the best one.
+    last = {rate: int(np.flatnonzero(curve.false_accept_rate <= rate)[-1]) for rate in rates}
     return Verification(
         auc=float(auc(curve.false_accept_rate, curve.true_accept_rate)),
         eer=float(eer),
-        tar={rate: float(accepted.max()) for rate, accepted in allowed.items()},
+        tar={rate: float(curve.true_accept_rate[place]) for rate, place in last.items()},
         pairs=len(same),
         same_pairs=int(same.sum()),
+        threshold={rate: float(curve.threshold[place]) for rate, place in last.items()},
     )
+
+
+def tar_nearest(
+    scores: Tensor | np.ndarray,
+    same: Tensor | np.ndarray,
+    *,
+    far: Sequence[float] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+) -> dict[float, float]:
+    """The true accept rate at that place of the ROC curve whose false accept rate is nearest to each of ``far``.
+
+    As InsightFace's IJB tables have it: the false accept rate may lie above the one asked for, so these are no
+    promise; :func:`verify` has the largest true accept rate that keeps it. Of equally near places the one with the
+    lowest threshold counts, and of runs where one rate alone changes only the ends.
+    """
+    from sklearn.metrics import roc_curve
+
+    rates = check_rates("far", far)
+    scores, same = _check(scores, same)
+    accepted_wrongly, accepted, _ = roc_curve(same, scores)
+    backwards, found = accepted_wrongly[::-1], accepted[::-1]
+    return {rate: float(found[np.argmin(np.abs(backwards - rate))]) for rate in rates}
 
 
 def _best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
@@ -128,18 +154,45 @@ def _best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
     return middle if middle > ordered[best - 1] else float(ordered[best])
 
 
-def kfold_accuracy(scores: Tensor | np.ndarray, same: Tensor | np.ndarray, *, folds: int = 10) -> KFoldAccuracy:
+_SQUARED_DISTANCES = np.arange(0, 4, 0.01)  # of unit vectors, as InsightFace tries them
+
+
+def _best_of_grid(scores: np.ndarray, same: np.ndarray) -> float:
+    """The cosine of the first of the squared distances below which most pairs are rightly accepted."""
+    distances = 2 - 2 * scores
+    order = np.sort(distances[same]), np.sort(distances[~same])
+    accepted, wrongly = (np.searchsorted(of, _SQUARED_DISTANCES, side="left") for of in order)
+    return float(1 - _SQUARED_DISTANCES[np.argmax(accepted - wrongly)] / 2)
+
+
+def kfold_accuracy(
+    scores: Tensor | np.ndarray, same: Tensor | np.ndarray, *, folds: int = 10, thresholds: Thresholds = "exact"
+) -> KFoldAccuracy:
     """Accuracy by LFW's protocol: each fold is decided with the threshold that is best on the other folds.
 
-    The folds are consecutive pairs in the given order, as LFW's list has its ten sets of 300 + 300.
+    The folds are consecutive pairs in the given order, as LFW's list has its ten sets of 300 + 300. ``thresholds``:
+    "exact" finds the best of all; "insightface" takes the first best of the squared distances 0, 0.01, ... 3.99 and
+    accepts what lies below, so that numbers compare with those of the face literature (the two differ by some 0.0005).
+    Scores are cosines then.
     """
     from sklearn.model_selection import KFold
 
+    if thresholds not in ("exact", "insightface"):
+        raise ValueError(f'expected thresholds to be "exact" or "insightface", but got {thresholds!r}')
     scores, same = _check(scores, same)
     folds = check_count("folds", folds, len(scores), "list of pairs", smallest=2)
-    accuracies, thresholds = [], []
+    on_grid = thresholds == "insightface"
+    if on_grid and np.abs(scores).max() > 1 + 1e-5:
+        raise ValueError(
+            f'expected scores to be cosines for thresholds="insightface", but got {scores[np.abs(scores).argmax()]:g}'
+        )
+    accuracies, found = [], []
     for others, fold in KFold(folds).split(scores):
-        threshold = _best_threshold(scores[others], same[others])
-        thresholds.append(threshold)
-        accuracies.append(float(np.mean((scores[fold] >= threshold) == same[fold])))
-    return KFoldAccuracy(float(np.mean(accuracies)), float(np.std(accuracies)), accuracies, thresholds)
+        threshold = (_best_of_grid if on_grid else _best_threshold)(scores[others], same[others])
+        found.append(threshold)
+        if on_grid:  # NB: below, and by distances: at 1 - t / 2 itself a pair is refused
+            accept = 2 - 2 * scores[fold] < 2 - 2 * threshold
+        else:
+            accept = scores[fold] >= threshold
+        accuracies.append(float(np.mean(accept == same[fold])))
+    return KFoldAccuracy(float(np.mean(accuracies)), float(np.std(accuracies)), accuracies, found)
