@@ -6,25 +6,28 @@ import argparse
 import sys
 
 from recipes.face import pack
-from recipes.face.pack import PackError
-from recipes.face.records import RecordError
-from recipes.face.verification_sets import VerificationSetError
+from recipes.face.errors import RecipeError
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m recipes.face", description=__doc__)
+    made = argparse.ArgumentParser(prog="python -m recipes.face", description="From photographs to a recogniser.")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    pack.add_commands(commands)
+    for each in (pack,):
+        each.add_commands(commands)
     return made
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 1 where `verify` sees two persons, 2 after an error, which one line names, 130 if stopped."""
     options = parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (PackError, RecordError, VerificationSetError, OSError) as error:
+    except (RecipeError, OSError) as error:
         print(f"{options.command}: {error}", file=sys.stderr)
-        return 1
+        return 2
+    except KeyboardInterrupt:
+        print(f"{options.command}: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from recipes.face.errors import RecipeError
+
 # At 112 x 112; ArcFace's, which the field aligns to.
 TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 TEMPLATE_SIZE = 112
 
 
-class AlignmentError(ValueError):
+class AlignmentError(RecipeError):
     """Landmarks that say nothing about where a face is."""
 
 

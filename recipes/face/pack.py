@@ -4,49 +4,30 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from recipes.face.errors import RecipeError
+from recipes.face.photos import BadImageError, bad, classes_of, decode
 from recipes.face.records import RecordWriter, TrainingRecords
 from recipes.face.verification_sets import read_verification_set, write_verification_set
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "WEBP": ".webp"}
 
 
-class PackError(ValueError):
+class PackError(RecipeError):
     """What cannot be packed or unpacked; the message names the file."""
-
-
-def format_of(image: bytes) -> str:
-    """Of an encoded image that can be decoded to its end; else PackError."""
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            opened.load()
-            return str(opened.format)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise PackError(f"no image: {error}"[:200]) from None
-
-
-def _bad(what: object, error: Exception, on_bad: str) -> None:
-    """An image that cannot be decoded: fails, or is named."""
-    if on_bad == "fail":
-        raise PackError(f"{what}: {error}") from None
-    tqdm.write(f"skipped {what}: {error}", file=sys.stderr)
 
 
 def _read(path: Path, on_bad: str) -> bytes | None:
     """An image's file; None where it is bad and skipped."""
     try:
         image = path.read_bytes()
-        format_of(image)
-    except (OSError, PackError) as error:
-        _bad(path, error, on_bad)
+        decode(image)
+    except (OSError, BadImageError) as error:
+        bad(path, error, on_bad)
         return None
     return image
 
@@ -54,28 +35,10 @@ def _read(path: Path, on_bad: str) -> bytes | None:
 def _ending(image: bytes, what: str, on_bad: str) -> str | None:
     """Of an encoded image's file; None where it is bad and skipped."""
     try:
-        return _ENDINGS.get(format_of(image), ".img")
-    except PackError as error:
-        _bad(what, error, on_bad)
+        return _ENDINGS.get(str(decode(image).format), ".img")
+    except BadImageError as error:
+        bad(what, error, on_bad)
         return None
-
-
-def classes_of(folder: Path) -> dict[str, list[Path]]:
-    """The images of each subfolder, in the order of names."""
-    if not folder.is_dir():
-        raise PackError(f"{folder} is no folder")
-    found = {
-        each.name: sorted(image for image in each.rglob("*") if image.suffix.lower() in IMAGES and image.is_file())
-        for each in sorted(folder.iterdir())
-        if each.is_dir()
-    }
-    found = {name: images for name, images in found.items() if images}
-    bad = next((name for name in found if "\n" in name or "\r" in name), None)
-    if bad is not None:
-        raise PackError(f"{folder} has a class {bad!r}, which is no line of a text")
-    if not found:
-        raise PackError(f"{folder} has no subfolders with images ({', '.join(IMAGES)})")
-    return found
 
 
 def pack_folder(folder: Path, to: Path, on_bad: str = "fail") -> tuple[int, int]:

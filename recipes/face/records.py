@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from recipes.face.errors import RecipeError
+
 MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _WORDS = struct.Struct("<II")
@@ -26,7 +28,7 @@ _MOST_BYTES = (1 << 29) - 1  # of a part
 LARGEST_LABEL = 1 << 24  # float32 holds all whole numbers up to it
 
 
-class RecordError(ValueError):
+class RecordError(RecipeError):
     """A file that is not what it should be; the message names the record."""
 
 

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from recipes.face.errors import RecipeError
 
-class VerificationSetError(ValueError):
+
+class VerificationSetError(RecipeError):
     """A file that is no verification set, or one that is not to be trusted."""
 
 

@@ -62,7 +62,7 @@ def test_bad_images_fail_or_are_named_and_skipped(photographs, tmp_path, capsys)
     (folder / "Ada/1.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "Zoe/z.bmp").write_bytes(b"nothing")
     out = tmp_path / "train.rec"
-    assert main(["pack", str(folder), str(out)]) == 1
+    assert main(["pack", str(folder), str(out)]) == 2
     assert "Ada/1.jpg: no image" in capsys.readouterr().err
     assert not out.exists() and not list(tmp_path.glob("*.partial")) and not (tmp_path / "classes.txt").exists()
     assert main(["pack", str(folder), str(out), "--on-bad", "skip"]) == 0
@@ -108,7 +108,7 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch, capsys, arguments, said):
     (tmp_path / "bad.csv").write_text("a,b\n")
     (tmp_path / "gone.csv").write_text("gone.jpg,gone.jpg,1\n")
     (tmp_path / "bad.bin").write_bytes(b"\x80\x02(cos\nsystem\n.")
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"{arguments[0]}: ") and said in error
     assert not (tmp_path / "a.rec").exists() and not (tmp_path / "a.bin").exists()
@@ -137,7 +137,7 @@ def test_a_set_without_a_readable_image(tmp_path, capsys):
 def test_class_names_are_lines(photographs, tmp_path, capsys):
     folder, _ = photographs
     (folder / "Ada").rename(folder / "A\nda")
-    assert main(["pack", str(folder), str(tmp_path / "train.rec")]) == 1
+    assert main(["pack", str(folder), str(tmp_path / "train.rec")]) == 2
     assert "a class 'A\\nda', which is no line of a text" in capsys.readouterr().err
     (folder / "A\nda").rename(folder / "A\u2028da")  # which str.splitlines() would take for two
     assert main(["pack", str(folder), str(tmp_path / "train.rec")]) == 0
@@ -149,7 +149,7 @@ def test_class_names_are_no_paths(photographs, tmp_path, capsys):
     folder, _ = photographs
     main(["pack", str(folder), str(tmp_path / "in/train.rec")])
     (tmp_path / "in/classes.txt").write_text("../outside\nb\nc\n")
-    assert main(["unpack", str(tmp_path / "in/train.rec"), str(tmp_path / "out")]) == 1
+    assert main(["unpack", str(tmp_path / "in/train.rec"), str(tmp_path / "out")]) == 2
     assert "'../outside' is no folder's name" in capsys.readouterr().err
     assert not (tmp_path / "outside").exists()
 
