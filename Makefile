@@ -1,4 +1,5 @@
-# `make demo` trains and verifies on real digits, `make test` runs all tests; `make help` lists the rest.
+# `make demo` trains and verifies on real digits, `make face` on drawn faces, `make test` runs all tests; `make help` lists
+# the rest.
 # They make their own virtual environment, one per torch version, and build what they need.
 # NB: the clone's path may hold spaces, and a target may not: targets are relative, recipes quote.
 TORCH ?= 2.11
@@ -21,18 +22,20 @@ ifeq ($(filter $(TORCH),$(TORCHES)),)
   $(error there is no requirements/torch-$(TORCH).txt; TORCH may be one of: $(TORCHES))
 endif
 
-.PHONY: all help setup install test test-cpp test-python test-asan test-asan-cpp test-tsan mutants demo bench lint format clean
+.PHONY: all help setup install test test-cpp test-python test-asan test-asan-cpp test-tsan mutants demo face bench lint format clean
 all: install
 
 help: ## this list
 	@echo "make [TARGET] [TORCH=$(TORCH)] [PYTHON=$(PYTHON)]      torch versions: $(TORCHES)"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 18
 
-$(VENV)/.installed: requirements/torch-$(TORCH).txt requirements/build.txt requirements/test.txt requirements/demo.txt
+$(VENV)/.installed: requirements/torch-$(TORCH).txt $(addprefix requirements/,build.txt test.txt demo.txt face.txt test-face.txt oracles.txt)
 	@bash scripts/check_tools.sh "$(PYTHON)"
 	@echo "== torch $(TORCH) and what the demo and the tests need, into $(VENV): 5.1 GB, a minute or two on a fast line"
 	"$(PYTHON)" -m venv "$(VENV)"
-	$(BIN)/python -m pip install --progress-bar on $(foreach file,$^,-r $(file))
+	$(BIN)/python -m pip install --progress-bar on $(foreach file,$(filter-out %/oracles.txt,$^),-r $(file))
+	@# What tests compare with and nothing depends on, in a folder of its own: it asks for a torch of long ago.
+	$(BIN)/python -m pip install --quiet --no-deps --target "$(VENV)/oracles" --upgrade -r requirements/oracles.txt
 	@touch $@
 
 setup: $(VENV)/.installed ## the virtual environment
@@ -85,6 +88,9 @@ mutants: install ## bugs planted in the code, which tests must find (MUTANTS=sam
 
 demo: install ## every loss on real digits, out/index.html (QUICK=1: one or two minutes)
 	$(BIN)/python -m torchmargin.demo $(if $(QUICK),--quick) $(DEMO_ARGS)
+
+face: install ## the face recipe on drawn people: out/face/index.html (QUICK=1: one or two minutes)
+	$(BIN)/python -m recipes.face tour $(if $(QUICK),--quick) $(FACE_ARGS)
 
 bench: install ## times against eager and torch.compile
 	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
