@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from recipes.face.errors import RecipeError
+
 # Blocks of the four stages.
 DEPTHS = {
     "iresnet18": (2, 2, 2, 2),
@@ -23,6 +25,10 @@ DEPTHS = {
     "iresnet200": (6, 26, 60, 6),
 }
 _REDUCTION = 16  # of height and width, by the four stages
+
+
+class NetworkError(RecipeError):
+    """A network that there is not, or with other options than it has."""
 
 
 class Block(nn.Module):
@@ -91,9 +97,9 @@ class IResNet(nn.Module):
     ) -> None:
         super().__init__()
         if size < _REDUCTION or size % _REDUCTION:
-            raise ValueError(f"expected size to be a multiple of {_REDUCTION}, but got {size}")
+            raise NetworkError(f"expected size to be a multiple of {_REDUCTION}, but got {size}")
         if len(blocks) != 4 or min(blocks) < 1 or width < 1 or features < 1:
-            raise ValueError(
+            raise NetworkError(
                 f"expected four stages of blocks, but got {blocks} of width {width} to {features} features"
             )
         self.size = size
@@ -141,5 +147,57 @@ def iresnet(
 ) -> IResNet:
     """By name: iresnet18, iresnet34, iresnet50, iresnet100 or iresnet200."""
     if name not in DEPTHS:
-        raise ValueError(f"expected one of {', '.join(DEPTHS)}, but got {name!r}")
+        raise NetworkError(f"expected one of {', '.join(DEPTHS)}, but got {name!r}")
     return IResNet(DEPTHS[name], features, size, width, dropout, checkpointing)
+
+
+class WithNorm(nn.Module):
+    """Another network to embeddings: what it makes, in float32, through a batch norm without a scale."""
+
+    def __init__(self, trunk: nn.Module, features: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.features = nn.BatchNorm1d(features)
+        self.features.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] to [B, features]."""
+        found = self.trunk(x)
+        with torch.autocast(x.device.type, enabled=False):
+            embeddings: Tensor = self.features(found.to(self.features.weight.dtype))
+        return embeddings
+
+
+def make_network(
+    name: str,
+    features: int = 512,
+    size: int = 112,
+    width: int = 64,
+    dropout: float = 0.0,
+    checkpointing: bool = False,
+) -> nn.Module:
+    """By name: one of IResNet's, ``resnet50`` (torchvision's), or ``timm:NAME`` where timm is installed.
+
+    The last two take no width; they begin from random weights, with a linear layer to the features and a batch norm.
+    """
+    if name in DEPTHS:
+        return iresnet(name, features, size, width, dropout, checkpointing)
+    if name != "resnet50" and not name.startswith("timm:"):
+        raise NetworkError(f"expected one of {', '.join(DEPTHS)}, resnet50 or timm:NAME, but got {name!r}")
+    plain = {"width": (width, 64), "dropout": (dropout, 0.0), "checkpointing": (checkpointing, False)}
+    for option, (value, default) in plain.items():
+        if value != default:
+            raise NetworkError(f"{name} takes no {option}, but got {value}")
+    if name == "resnet50":
+        from torchvision.models import resnet50
+
+        return WithNorm(resnet50(num_classes=features), features)
+    try:
+        import timm  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError:
+        raise NetworkError(f"{name} needs timm: pip install timm") from None
+    try:
+        trunk = timm.create_model(name.removeprefix("timm:"), pretrained=False, num_classes=features)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise NetworkError(f"{name}: {error}") from None
+    return WithNorm(trunk, features)

@@ -1,10 +1,12 @@
 """IResNet beside its published sizes and names, and its forward beside functions on its state dict in float64."""
 
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as TF
 
-from recipes.face.networks import DEPTHS, iresnet
+from recipes.face.networks import DEPTHS, NetworkError, iresnet, make_network
 
 
 @pytest.mark.parametrize("name, millions", [("iresnet18", 24.03), ("iresnet50", 43.59), ("iresnet100", 65.16)])
@@ -147,3 +149,28 @@ def test_what_is_wrong_is_said(arguments, said):
 def test_images_of_another_size():
     with pytest.raises(ValueError, match=r"expected images \[B, 3, 32, 32\], but got \[2, 3, 112, 112\]"):
         iresnet("iresnet18", size=32, width=4)(torch.zeros(2, 3, 112, 112))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "timm:resnet18"])
+def test_other_networks_end_in_a_batch_norm_in_float32(name):
+    pytest.importorskip("timm" if name.startswith("timm") else "torchvision")
+    net = make_network(name, features=24).eval()
+    x = torch.randn(2, 3, 64, 64)
+    found = net(x)
+    assert found.shape == (2, 24) and not net.features.weight.requires_grad
+    torch.testing.assert_close(found, net.features(net.trunk(x)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(x).dtype == torch.float32
+
+
+def test_networks_that_there_are_not(monkeypatch):
+    for name in ("resnet51", "timm", ""):
+        with pytest.raises(NetworkError, match="expected one of iresnet18, .*, resnet50 or timm:NAME, but got"):
+            make_network(name)
+    with pytest.raises(NetworkError, match="resnet50 takes no width, but got 32"):
+        make_network("resnet50", width=32)
+    with pytest.raises(NetworkError, match="resnet50 takes no checkpointing, but got True"):
+        make_network("resnet50", checkpointing=True)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(NetworkError, match="pip install timm"):
+        make_network("timm:resnet18")
