@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from recipes.face import align, evaluating, exporting, pack, recognition, training
+from recipes.face import align, evaluating, exporting, pack, recognition, tour, training
 from recipes.face.errors import RecipeError
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m recipes.face", description="From photographs to a recogniser.")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for each in (align, pack, training, evaluating, exporting, recognition):
+    for each in (align, pack, training, evaluating, exporting, recognition, tour):
         each.add_commands(commands)
     return made
 
