@@ -150,6 +150,12 @@ correctness() {
     # Its plugins, where there are any, are not this check's.
     step pytest 200 env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 TORCHMARGIN_TEST_DEVICE="$DEVICE" \
       "$PYTHON" -m pytest -q -p no:cacheprovider tests/python/test_cuda.py
+    if "$PYTHON" -W ignore -c 'import matplotlib, PIL, sklearn, torchvision, tqdm' 2> /dev/null; then
+      step recipe 150 env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
+        "$PYTHON" -m pytest -q -p no:cacheprovider tests/python/recipes/test_face_gpu.py
+    else
+      skip recipe "its packages are not there (requirements/face.txt)"
+    fi
   fi
   if [ "$package" = none ]; then
     skip accuracy "there is no package"

@@ -72,6 +72,7 @@ class Config:
     sync_bn: bool = False
     grad_checkpointing: bool = False
     compile: bool = False
+    channels_last: bool = True  # the order of images in a GPU's memory
     # Images: chances of changes.
     flip: float = 0.5
     low_resolution: float = 0.0
@@ -119,7 +120,7 @@ class Config:
 
 
 # Of these a resumed run may have others than it began with.
-FREE = ("workers", "log_every", "eval_every", "save_every", "compile", "grad_checkpointing")
+FREE = ("workers", "log_every", "eval_every", "save_every", "compile", "grad_checkpointing", "channels_last")
 
 _MS1MV3 = Config(amp="fp16")
 _GLINT = Config(loss="insightface_cosface", loss_options={"margin": 0.4}, decay=1e-4, amp="fp16")

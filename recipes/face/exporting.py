@@ -1,4 +1,5 @@
-"""``export``: an embedder as one program, from pixels to unit embeddings, without this recipe.
+"""``export``: an embedder as one program, from pixels to unit embeddings, without this recipe. ``import``: weights of
+InsightFace's names to an embedder.
 
 The program takes uint8 pixels [B, 3, S, S], RGB, of any B, and returns float32 [B, D] of unit length: normalisation,
 the order of colours, the sum with the mirror image and L2 are inside.
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipes.face.embedders import Embedder, load_embedder
+from recipes.face.embedders import Embedder, Network, load_embedder, load_plain, load_state
 from recipes.face.errors import RecipeError
+from recipes.face.networks import make_network
 
 FORMATS = {"pt2": ".pt2", "aoti": ".aoti.pt2", "onnx": ".onnx"}
 # Of a coordinate of unit embeddings: other kernels add in another order, through up to 100 layers.
@@ -133,6 +135,25 @@ def add_commands(commands: argparse._SubParsersAction) -> None:  # type: ignore[
     made.add_argument("--format", choices=list(FORMATS), required=True, help="torch.export, AOTInductor or ONNX")
     made.add_argument("--out", type=Path, help="default: beside the embedder")
     made.set_defaults(run=_run)
+    bare = commands.add_parser("import", help="a network's bare weights, such as InsightFace publishes, to an embedder")
+    bare.add_argument("weights", type=Path, help="a state dict by InsightFace's names")
+    bare.add_argument("out", type=Path, help="the embedder, .pt")
+    bare.add_argument("--net", default="iresnet50", help="(%(default)s)")
+    bare.add_argument("--features", type=int, default=512, help="(%(default)s)")
+    bare.add_argument("--size", type=int, default=112, help="of the images (%(default)s)")
+    bare.add_argument("--width", type=int, default=64, help="of IResNet's first stage (%(default)s)")
+    bare.add_argument("--colors", choices=["RGB", "BGR"], default="RGB", help="that it was trained on (%(default)s)")
+    bare.add_argument("--no-flip", action="store_true", help="embeddings of images alone, without their mirror images")
+    bare.set_defaults(run=_run_import)
+
+
+def _run_import(options: argparse.Namespace) -> int:
+    network = Network(options.net, options.features, options.size, options.width)
+    model = make_network(network.name, network.features, network.size, network.width)
+    load_state(model, load_plain(options.weights), options.weights)
+    Embedder(network, model, colors=options.colors, flip=not options.no_flip).save(options.out)
+    print(f"{options.out}: {network.name}, {options.colors}; `eval` gives it thresholds")
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:

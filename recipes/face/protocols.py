@@ -72,17 +72,22 @@ def report(pairs: Pairs, thresholds: Thresholds = "exact") -> dict[str, Any]:
 # ---- verification sets ---------------------------------------------------------------------------------------------
 
 
-def _decoded(images: Iterable[bytes], what: str) -> Iterator[Image.Image]:
-    for place, data in enumerate(images):
-        try:
-            yield decode(data).convert("RGB")
-        except BadImageError as error:
-            raise ProtocolError(f"{what}, image {place}: {error}") from None
-
-
 def embed_set(embedder: Embedder, images: list[bytes], what: str, flip: bool | None, progress: bool) -> Tensor:
-    shown = tqdm(images, desc=what, unit="image", leave=False, disable=not progress)
-    return embedder.embed(_decoded(shown, what), flip=flip)
+    """Of a set's images in their order: an image that is there several times is embedded once."""
+    first: dict[bytes, int] = {}  # where each image stands first
+    for place, data in enumerate(images):
+        first.setdefault(data, place)
+
+    def decoded() -> Iterator[Image.Image]:
+        for data, place in tqdm(first.items(), desc=what, unit="image", leave=False, disable=not progress):
+            try:
+                yield decode(data).convert("RGB")
+            except BadImageError as error:
+                raise ProtocolError(f"{what}, image {place}: {error}") from None
+
+    found = embedder.embed(decoded(), flip=flip)
+    rows = {data: row for row, data in enumerate(first)}
+    return found[torch.tensor([rows[data] for data in images], dtype=torch.int64)]
 
 
 def bin_pairs(embedder: Embedder, path: Path, *, flip: bool | None = None, progress: bool = True) -> Pairs:

@@ -132,6 +132,8 @@ def fingerprint(embedder: Embedder) -> str:
     digest = hashlib.sha256(repr((embedder.network, embedder.mean, embedder.deviation, embedder.colors)).encode())
     digest.update(repr((embedder.flip, embedder.template)).encode())
     for name, value in embedder.model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

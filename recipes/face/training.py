@@ -131,6 +131,8 @@ class Trainer:
             if not on_gpu:
                 raise TrainingError("sync_bn: torch has batch norms over ranks on GPUs alone; take --no-sync-bn")
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.order = torch.channels_last if on_gpu and config.channels_last else torch.contiguous_format
+        network = network.to(memory_format=self.order)  # type: ignore[call-overload]
         self.network = network
         self.mean = None
         if config.ema:
@@ -182,7 +184,7 @@ class Trainer:
         for place, (pixels, labels) in enumerate(batches):
             pixels, labels = (each.to(self.device, non_blocking=True) for each in (pixels, labels))
             self.head.prepare(labels)
-            x = pixels.float().sub_(127.5).div_(127.5)
+            x = pixels.to(memory_format=self.order).float().sub_(127.5).div_(127.5)
             more = place + 1 < len(batches) and isinstance(self.forward, DistributedDataParallel)
             with self.forward.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]
                 with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
@@ -443,7 +445,7 @@ class Run:
             smoothing=0.1,
         )
         loader = self._loader()
-        self._began, self._counted = time.perf_counter(), trainer.step
+        self._began, self._counted, self._busy = time.perf_counter(), trainer.step, False
         with shown, _Signals() as signals:
             while trainer.step < trainer.steps:
                 per_epoch = trainer.places.steps
@@ -463,6 +465,8 @@ class Run:
                     if ended or stop or _is_due(step, config.save_every):
                         self._check_losses()
                         self.save()
+                    if self._busy:  # images a second are of steps alone
+                        self._began, self._counted, self._busy = time.perf_counter(), step, False
                     if stop and step < trainer.steps:
                         self.log.close()
                         raise Stopped
@@ -523,6 +527,7 @@ class Run:
 
     def _evaluate(self, shown: Any) -> None:
         """Every rank embeds its share of each set's images; rank 0 counts."""
+        self._busy = True
         if not self.val:
             return
         embedder = self.trainer.embedder()
@@ -556,6 +561,7 @@ class Run:
 
     def save(self) -> None:
         """last.pt and embedder.pt. Every rank calls it."""
+        self._busy = True
         state = self.trainer.state()
         state["best"] = (self.best, self.step_of_best)
         state["pending"] = [list(each) for each in self.pending]

@@ -267,5 +267,17 @@ def test_help_names_every_command():
     found = subprocess.run(
         [sys.executable, "-m", "recipes.face", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for name in ("align", "pack", "unpack", "train", "eval", "export", "verify", "enroll", "identify", "tour"):
+    for name in (
+        "align",
+        "pack",
+        "unpack",
+        "train",
+        "eval",
+        "export",
+        "import",
+        "verify",
+        "enroll",
+        "identify",
+        "tour",
+    ):
         assert name in found.stdout

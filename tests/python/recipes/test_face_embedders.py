@@ -108,6 +108,21 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, capsys):
         assert "it ran" not in heard.out and heard.err.count("\n") == 1
 
 
+def test_bare_weights_become_an_embedder(tmp_path, capsys):
+    made = embedder(tmp_path / "e.pt", colors="BGR", flip=False)
+    state = {f"module.{n}": v for n, v in made.model.state_dict().items() if not n.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "backbone.pth")
+    using = ["--net", "iresnet18", "--features", "16", "--size", str(SIZE), "--colors", "BGR", "--no-flip"]
+    arguments = ["import", str(tmp_path / "backbone.pth"), str(tmp_path / "found.pt"), *using]
+    assert main([*arguments, "--width", "2"]) == 0
+    found = load_embedder(tmp_path / "found.pt")
+    assert fingerprint(found) == fingerprint(made)
+    assert torch.equal(found.embed_pixels(_pixels(2)), made.embed_pixels(_pixels(2)))
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "conv1.weight is [2, 3, 3, 3] in the file, but [64, 3, 3, 3] in the network" in capsys.readouterr().err
+
+
 # ---- export --------------------------------------------------------------------------------------------------------
 
 
