@@ -282,7 +282,7 @@ def _neighbours(embedder: Embedder, gallery: Path, probes: Path, rows: int = 8, 
     known = images_in(gallery)
     asked = images_in(probes)[:: max(1, len(images_in(probes)) // rows)][:rows]
     embeddings: list[Tensor] = [embedder.embed(read_photo(path) for path in paths) for paths in (known, asked)]
-    _, places = evaluation.top_k(embeddings[1], embeddings[0], min(6, len(known)))
+    _, places = evaluation.top_k(embeddings[1], embeddings[0], min(5, len(known)))
     people = {path.parent.name for path in known}
     sheet = Image.new("RGB", ((places.shape[1] + 1) * side + 12, len(asked) * side), "white")
     for row, (probe, found) in enumerate(zip(asked, places.tolist())):
