@@ -115,6 +115,18 @@ class Embedder:
         save_whole({"format": _FORMAT, **fields, "state": state}, path)
 
 
+def checked_device(text: str) -> torch.device:
+    """EmbedderError for a device that there is not."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise EmbedderError(f"expected --device cpu, cuda or cuda:N, but got {text!r}") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= count:
+        raise EmbedderError(f"there is no device {text} here")
+    return device
+
+
 def save_whole(value: object, path: Path) -> None:
     """torch.save, so that a file of this name is never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,8 +157,9 @@ def load_plain(path: Path) -> Any:
         raise EmbedderError(f"{path}: no weights alone: {what}"[:300]) from None
 
 
-def load_embedder(path: Path, device: str | torch.device = "cpu") -> Embedder:
-    """EmbedderError says what of the file is not as it should be."""
+def load_embedder(path: Path, device: str = "cpu") -> Embedder:
+    """EmbedderError says what of the file is not as it should be, or that there is no such device."""
+    to = checked_device(device)
     found = load_plain(path)
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
         raise EmbedderError(f"{path} is no embedder of this recipe; `train --init` takes a network's bare weights")
@@ -163,7 +176,7 @@ def load_embedder(path: Path, device: str | torch.device = "cpu") -> Embedder:
     except (KeyError, TypeError) as error:
         raise EmbedderError(f"{path}: {error}") from None
     load_state(model, state, path)
-    model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False).to(to)
     return made
 
 

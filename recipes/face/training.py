@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ from tqdm import tqdm
 from recipes.face import protocols
 from recipes.face.config import CONFIGS, FREE, LOSSES, Config, ConfigError, changed, make_loss
 from recipes.face.data import EpochPlaces, Images, TrainingSet, open_images
-from recipes.face.embedders import Embedder, Network, load_plain, load_state, save_whole
+from recipes.face.embedders import Embedder, Network, checked_device, load_plain, load_state, save_whole
 from recipes.face.errors import RecipeError
 from recipes.face.networks import make_network
 from recipes.face.verification_sets import read_verification_set
@@ -69,11 +70,12 @@ class Stopped(KeyboardInterrupt):
 @contextlib.contextmanager
 def ranks(device: str | None = None) -> Iterator[DeviceMesh]:
     """The ranks that torchrun started, or this process alone."""
-    kind = torch.device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
+    asked = None if device is None else checked_device(device)
+    kind = asked.type if asked else ("cuda" if torch.cuda.is_available() else "cpu")
     launched = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
     place = int(os.environ.get("LOCAL_RANK", "0")) if launched else 0
     if kind == "cuda":
-        torch.cuda.set_device(place if launched or device is None else torch.device(device).index or 0)
+        torch.cuda.set_device(place)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     own = not dist.is_initialized()
     if own:
@@ -82,7 +84,10 @@ def ranks(device: str | None = None) -> Iterator[DeviceMesh]:
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
-        yield init_device_mesh(kind, (dist.get_world_size(),))
+        mesh = init_device_mesh(kind, (dist.get_world_size(),))
+        if kind == "cuda" and not launched and asked is not None:
+            torch.cuda.set_device(asked.index or 0)  # a mesh of one rank takes the first
+        yield mesh
     finally:
         if own:
             dist.destroy_process_group()
@@ -382,6 +387,12 @@ class Run:
             self.pending = [list(each) for each in state["pending"]]
         if self.first:
             out.mkdir(parents=True, exist_ok=True)
+            if state is None:  # nothing of an earlier run is to be taken for this one's
+                for name in ("last.pt", "best.pt", "embedder.pt"):
+                    (out / name).unlink(missing_ok=True)
+                shutil.rmtree(out / "tensorboard", ignore_errors=True)
+            elif not (out / "best.pt").exists():  # of a run that goes on in another folder
+                self.best, self.step_of_best = -1.0, 0
             described = {**dataclasses.asdict(config), "classes": images.classes, "images": len(images)}
             (out / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         self.log = Log(out if self.first else None, self.trainer.step)

@@ -188,6 +188,8 @@ def test_verify_aligned(people, tmp_path, capsys):
     assert main(arguments) == (0 if cosine >= 0.5 else 1)
     assert main([*arguments, "--far", "0.01"]) == (0 if cosine >= 0.5 else 1)
     capsys.readouterr()
+    assert main([*arguments, "--device", "cuda:99"]) == 2
+    assert "there is no device cuda:99 here" in capsys.readouterr().err
     assert main([*arguments, "--far", "0.1"]) == 2
     assert "rates 0.01, not 0.1" in capsys.readouterr().err
 

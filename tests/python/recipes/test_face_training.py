@@ -165,6 +165,26 @@ def test_a_finished_run_is_finished(data, tmp_path, capsys):
     assert len(_lines(out / "log.csv")) == 12
 
 
+def test_a_new_run_leaves_nothing_of_an_old_one(data, tmp_path, monkeypatch):
+    out, val = tmp_path / "run", data.with_name("pairs.bin")
+    assert main(_train(data, out, "--val", val)) == 0
+    events = set((out / "tensorboard").iterdir())
+    elsewhere = tmp_path / "elsewhere"
+    state = _state(out)
+    state["step"] = 6
+    save_whole(state, tmp_path / "half.pt")
+    assert main(_train(data, elsewhere, "--val", val, "--resume", tmp_path / "half.pt")) == 0
+    assert load_embedder(elsewhere / "best.pt").trained["step"] == 12  # its folder had none
+
+    def killed(self, batches):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Trainer, "run_step", killed)
+    assert main(_train(data, out, "--resume", "never")) == 130
+    assert not any((out / name).exists() for name in ("last.pt", "best.pt", "embedder.pt", "log.csv", "val.csv"))
+    assert not events & set((out / "tensorboard").iterdir())
+
+
 def test_being_asked_to_end_is_as_ctrl_c(data, tmp_path, monkeypatch):
     _stop_after(monkeypatch, 2, signal.SIGTERM)
     assert main(_train(data, tmp_path / "run")) == 130
@@ -345,6 +365,9 @@ def test_what_a_resumed_run_may_not_change(data, tmp_path, capsys):
         (["--set", "size=33"], "expected size to be a multiple of 16, but got 33"),
         (["--sample-rate", "0.5", "--set", "loss.label_smoothing=0.1"], "label_smoothing"),
         (["--val", "nowhere.bin"], "nowhere.bin"),
+        (["--device", "gpu"], "expected --device cpu, cuda or cuda:N, but got 'gpu'"),
+        (["--device", "cuda:99"], "there is no device cuda:99 here"),
+        (["--device", "meta"], "there is no device meta here"),
     ],
 )
 def test_refusals(data, tmp_path, capsys, more, text):
