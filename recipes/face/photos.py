@@ -23,7 +23,9 @@ def decode(data: bytes) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:  # whose text names an object of ours
+        raise BadImageError("no image: of no format that is known here") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImageError(f"no image: {error}"[:200]) from None
     return image
 
