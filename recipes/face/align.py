@@ -17,17 +17,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from recipes.face.alignment import TEMPLATE_SIZE, AlignmentError, crop, similarity, template
+from recipes.face.alignment import TEMPLATE, TEMPLATE_SIZE, AlignmentError, Points, crop, similarity, template
 from recipes.face.detection import Detector, Face
 from recipes.face.errors import RecipeError
 from recipes.face.photos import BadImageError, bad, images_in, read_photo
 
 POINTS = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
-COLUMNS = [
-    *("photo", "crop", "score", "left", "top", "right", "bottom"),
-    *(f"{point}_{axis}" for point in POINTS for axis in "xy"),
-    "residual",
-]
+LANDMARKS = [f"{point}_{axis}" for point in POINTS for axis in "xy"]  # columns of a table of them
+COLUMNS = ["photo", "crop", "score", "left", "top", "right", "bottom", *LANDMARKS, "residual"]
 _SHEET = 10, 10  # crops of the contact sheet
 
 
@@ -49,9 +46,11 @@ def choose(faces: list[Face], which: str, size: tuple[int, int]) -> list[Face]:
     return [min(faces, key=from_middle)]
 
 
-def align_face(photo: Image.Image, face: Face, size: int = TEMPLATE_SIZE) -> tuple[Image.Image, float]:
-    """The crop and how far the landmarks are from the template, in its pixels."""
-    found = similarity(face.landmarks, template(size))
+def align_face(
+    photo: Image.Image, face: Face, size: int = TEMPLATE_SIZE, points: Points = TEMPLATE
+) -> tuple[Image.Image, float]:
+    """The crop and how far the landmarks are from the template, in its pixels. ``points``: the template at 112."""
+    found = similarity(face.landmarks, template(size, points))
     return crop(photo, found, size), found.residual
 
 
@@ -60,16 +59,15 @@ def read_landmarks(path: Path) -> dict[str, list[Face]]:
 
     What `align` writes is such a file.
     """
-    wanted = [f"{point}_{axis}" for point in POINTS for axis in "xy"]
     faces: dict[str, list[Face]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         table = csv.DictReader(file)
-        missing = [name for name in ["photo", *wanted] if name not in (table.fieldnames or [])]
+        missing = [name for name in ["photo", *LANDMARKS] if name not in (table.fieldnames or [])]
         if missing:
-            raise AlignError(f"{path} has no column {missing[0]}; expected photo, {', '.join(wanted)}")
+            raise AlignError(f"{path} has no column {missing[0]}; expected photo, {', '.join(LANDMARKS)}")
         for number, row in enumerate(table, 2):
             try:
-                values = [float(row[name]) for name in wanted]
+                values = [float(row[name]) for name in LANDMARKS]
             except (TypeError, ValueError):
                 raise AlignError(f"{path}, line {number}: expected ten numbers") from None
             if not all(math.isfinite(value) for value in values):
@@ -213,7 +211,8 @@ def align(
         raise AlignError(f"expected --size of at least 8 pixels, but got {size}")
     names = [path.relative_to(photos).as_posix() for path in images_in(photos)]
     known = None if landmarks is None else read_landmarks(landmarks)
-    unknown = next((name for name in known or {} if name not in set(names)), None)
+    there = set(names)
+    unknown = next((name for name in known or {} if name not in there), None)
     if unknown is not None:
         raise AlignError(f"{landmarks} names {unknown}, which is not in {photos}")
     job = _Job(photos, out, size, faces, min_face, min_score, known)

@@ -20,6 +20,7 @@ from recipes.face.errors import RecipeError
 # At 112 x 112; ArcFace's, which the field aligns to.
 TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 TEMPLATE_SIZE = 112
+Points = Sequence[Sequence[float]]
 
 
 class AlignmentError(RecipeError):
@@ -43,10 +44,9 @@ class Similarity(NamedTuple):
         return Similarity(1 / self.a, -self.b / self.a, self.residual / abs(self.a))
 
 
-def template(size: int = TEMPLATE_SIZE) -> Tensor:
-    """[5, 2] float64: scaled with the crop's pixels, whose centers are half a pixel from its corner."""
-    points = torch.tensor(TEMPLATE, dtype=torch.float64)
-    return (points + 0.5) * (size / TEMPLATE_SIZE) - 0.5
+def template(size: int = TEMPLATE_SIZE, points: Points = TEMPLATE) -> Tensor:
+    """[5, 2] float64: points at 112 x 112, scaled with the pixels, whose centers are half a pixel from the corner."""
+    return (torch.tensor(points, dtype=torch.float64) + 0.5) * (size / TEMPLATE_SIZE) - 0.5
 
 
 def similarity(landmarks: Tensor | Sequence[Sequence[float]], to: Tensor | None = None) -> Similarity:

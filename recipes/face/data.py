@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 
 from recipes.face.config import Config
 from recipes.face.errors import RecipeError
-from recipes.face.photos import BadImageError, classes_of, decode
+from recipes.face.photos import BadImageError, classes_of, decode, fitted
 from recipes.face.records import RecordError, TrainingRecords
 
 IGNORED = -100  # the label of an image that could not be read: it counts for nothing
@@ -131,7 +131,7 @@ class TrainingSet(Dataset[tuple[Tensor, int]]):
         size = self.config.size
         try:
             data, label = self.images.read(place.image)
-            image = decode(data).convert("RGB")
+            image = fitted(decode(data), size)
         except (BadImageError, RecordError, OSError) as error:
             name = self.images.name(place.image)
             text = str(error) if name in str(error) else f"{name}: {error}"
@@ -139,8 +139,6 @@ class TrainingSet(Dataset[tuple[Tensor, int]]):
                 raise RecipeError(text) from None
             print(f"skipped {text}", file=sys.stderr)
             return torch.full((3, size, size), 127, dtype=torch.uint8), IGNORED
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
         random = np.random.default_rng([self.config.seed, place.epoch, place.image])
         return torch.from_numpy(np.array(change(image, self.config, random))).permute(2, 0, 1), label
 

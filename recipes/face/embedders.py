@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from recipes.face.alignment import TEMPLATE, TEMPLATE_SIZE
 from recipes.face.errors import RecipeError
 from recipes.face.networks import make_network
+from recipes.face.photos import fitted
 
 _FORMAT = "torchmargin.recipes.face/1"
 
@@ -38,6 +39,10 @@ class Network:
     features: int = 512
     size: int = TEMPLATE_SIZE
     width: int = 64
+
+    def make(self) -> nn.Module:
+        """With random weights."""
+        return make_network(self.name, self.features, self.size, self.width)
 
 
 @dataclass
@@ -56,11 +61,7 @@ class Embedder:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """[3, S, S] uint8 of an aligned face; another size is resized."""
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        size = self.network.size
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(fitted(image, self.network.size))).permute(2, 0, 1)
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """The network's input of pixels [B, 3, S, S] uint8, RGB."""
@@ -165,7 +166,7 @@ def load_embedder(path: Path, device: str = "cpu") -> Embedder:
         raise EmbedderError(f"{path} is no embedder of this recipe; `train --init` takes a network's bare weights")
     try:
         network = Network(**found["network"])
-        model = make_network(network.name, network.features, network.size, network.width)
+        model = network.make()
         fields = {
             each.name: found[each.name]
             for each in dataclasses.fields(Embedder)

@@ -47,7 +47,7 @@ def evaluate(
         report[name] = protocols.ijb_report(curves[name])
     result: dict[str, Any] = {"embedder": str(embedder_file), "flip": flip, "sets": report}
     if images:
-        embedder.thresholds = protocols.report(protocols.together(images.values()))["threshold_at_far"]
+        embedder.thresholds = protocols.thresholds_of(images.values())
         embedder.flip = flip  # thresholds are of such embeddings
         embedder.save(embedder_file)
         result["threshold_at_far"] = embedder.thresholds

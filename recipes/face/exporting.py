@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from recipes.face.embedders import Embedder, Network, load_embedder, load_plain, load_state
 from recipes.face.errors import RecipeError
-from recipes.face.networks import make_network
 
 FORMATS = {"pt2": ".pt2", "aoti": ".aoti.pt2", "onnx": ".onnx"}
 # Of a coordinate of unit embeddings: other kernels add in another order, through up to 100 layers.
@@ -149,7 +148,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:  # type: ignore[
 
 def _run_import(options: argparse.Namespace) -> int:
     network = Network(options.net, options.features, options.size, options.width)
-    model = make_network(network.name, network.features, network.size, network.width)
+    model = network.make()
     load_state(model, load_plain(options.weights), options.weights)
     Embedder(network, model, colors=options.colors, flip=not options.no_flip).save(options.out)
     print(f"{options.out}: {network.name}, {options.colors}; `eval` gives it thresholds")

@@ -35,6 +35,12 @@ def upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
+def fitted(image: Image.Image, size: int) -> Image.Image:
+    """RGB, size x size: as it is, or resized."""
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+
+
 def read_photo(path: Path) -> Image.Image:
     """Upright, RGB; BadImageError names the file."""
     try:
@@ -43,11 +49,19 @@ def read_photo(path: Path) -> Image.Image:
         raise BadImageError(f"{path}: {error}") from None
 
 
-def images_in(folder: Path) -> list[Path]:
-    """All images under a folder, in the order of their names."""
+def _images(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGES and each.is_file())
+
+
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise RecipeError(f"{folder} is no folder")
-    found = sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGES and each.is_file())
+
+
+def images_in(folder: Path) -> list[Path]:
+    """All images under a folder, in the order of their names."""
+    _check_folder(folder)
+    found = _images(folder)
     if not found:
         raise RecipeError(f"{folder} has no images ({', '.join(IMAGES)})")
     return found
@@ -55,13 +69,8 @@ def images_in(folder: Path) -> list[Path]:
 
 def classes_of(folder: Path) -> dict[str, list[Path]]:
     """The images of each subfolder, in the order of names."""
-    if not folder.is_dir():
-        raise RecipeError(f"{folder} is no folder")
-    found = {
-        each.name: sorted(image for image in each.rglob("*") if image.suffix.lower() in IMAGES and image.is_file())
-        for each in sorted(folder.iterdir())
-        if each.is_dir()
-    }
+    _check_folder(folder)
+    found = {each.name: _images(each) for each in sorted(folder.iterdir()) if each.is_dir()}
     found = {name: images for name, images in found.items() if images}
     bad = next((name for name in found if "\n" in name or "\r" in name), None)
     if bad is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from recipes.face.errors import RecipeError
 from recipes.face.photos import BadImageError, decode, read_photo
 from recipes.face.verification_sets import read_verification_set
 from torchmargin import evaluation
-from torchmargin.evaluation import Thresholds
+from torchmargin.evaluation import Thresholds, Verification
 
 FAR = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
@@ -38,10 +38,24 @@ class Pairs(NamedTuple):
     same: Tensor
 
 
-def together(several: Iterable[Pairs]) -> Pairs:
-    """All pairs of several sets: thresholds are of all that is known."""
-    scores, same = zip(*several)
-    return Pairs(torch.cat(scores), torch.cat(same))
+def two_by_two(embeddings: Tensor, same: list[bool]) -> Pairs:
+    """Of embeddings [2 P, D] of which two that follow each other are a pair."""
+    first = torch.arange(0, len(embeddings), 2)
+    return Pairs(evaluation.pair_scores(embeddings, first, first + 1), torch.tensor(same))
+
+
+def thresholds_of(several: Iterable[Pairs]) -> dict[str, float]:
+    """The lowest cosine to accept at each false accept rate, of the pairs of all sets together."""
+    scores, same = (torch.cat(parts) for parts in zip(*several))
+    return _thresholds(evaluation.verify(scores, same, far=_rates(same)))
+
+
+def _thresholds(measured: Verification) -> dict[str, float]:
+    return {f"{rate:g}": value for rate, value in measured.threshold.items() if math.isfinite(value)}
+
+
+def _rates(same: Tensor) -> list[float]:
+    return rates_of(int((~same).sum()))
 
 
 def rates_of(pairs: int) -> list[float]:
@@ -58,14 +72,11 @@ def report(pairs: Pairs, thresholds: Thresholds = "exact") -> dict[str, Any]:
         result["accuracy"] = found.mean
         result["accuracy_deviation"] = found.deviation
         result["thresholds"] = thresholds
-    rates = rates_of(int((~pairs.same).sum()))
-    measured = evaluation.verify(pairs.scores, pairs.same, far=rates)
+    measured = evaluation.verify(pairs.scores, pairs.same, far=_rates(pairs.same))
     result["pairs"], result["same_pairs"] = measured.pairs, measured.same_pairs
     result["auc"], result["eer"] = measured.auc, measured.eer
     result["tar_at_far"] = {f"{rate:g}": value for rate, value in measured.tar.items()}
-    result["threshold_at_far"] = {
-        f"{rate:g}": value for rate, value in measured.threshold.items() if math.isfinite(value)
-    }
+    result["threshold_at_far"] = _thresholds(measured)
     return result
 
 
@@ -94,8 +105,7 @@ def bin_pairs(embedder: Embedder, path: Path, *, flip: bool | None = None, progr
     """Of a ``.bin``: image + mirror image, then unit length."""
     images, same = read_verification_set(path)
     embeddings = embed_set(embedder, images, path.name, flip, progress)
-    first = torch.arange(0, len(images), 2)
-    return Pairs(evaluation.pair_scores(embeddings, first, first + 1), torch.tensor(same))
+    return two_by_two(embeddings, same)
 
 
 def lfw_pairs(embedder: Embedder, root: Path, pairs: Path, *, flip: bool | None = None, progress: bool = True) -> Pairs:
@@ -201,7 +211,7 @@ def ijb_pairs(embedder: Embedder, root: Path, which: str, *, flip: bool | None =
         for name, points in zip(shown, files.landmarks):
             photo = read_photo(root / "loose_crop" / name)
             try:
-                yield align_face(photo, Face((0, 0, 0, 0), 1.0, points), embedder.network.size)[0]
+                yield align_face(photo, Face((0, 0, 0, 0), 1.0, points), embedder.network.size, embedder.template)[0]
             except AlignmentError as error:
                 raise ProtocolError(f"{root / 'loose_crop' / name}: {error}") from None
 
@@ -224,24 +234,33 @@ def ijb_report(pairs: Pairs) -> dict[str, Any]:
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
 
-def roc_picture(curves: dict[str, Pairs]) -> bytes:
-    """PNG: true accept rate over false accept rate, on a logarithmic axis."""
+def png_of(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
+    """A figure, in inches of 100 pixels, that ``draw`` is given."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    lowest = 1.0
-    for name, pairs in curves.items():
-        curve = evaluation.roc(pairs.scores, pairs.same)
-        least = 1 / max(1, int((~pairs.same).sum()))
-        lowest = min(lowest, least)
-        axes.plot(np.maximum(curve.false_accept_rate, least / 2), curve.true_accept_rate, label=name)
-    axes.set(xscale="log", xlim=(lowest / 2, 1), ylim=(0, 1.01))
-    axes.set(xlabel="false accept rate", ylabel="true accept rate")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    draw(figure)
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
+    figure.savefig(out, format="png", dpi=100)
     return out.getvalue()
+
+
+def roc_picture(curves: dict[str, Pairs]) -> bytes:
+    """PNG: true accept rate over false accept rate, on a logarithmic axis."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        lowest = 1.0
+        for name, pairs in curves.items():
+            curve = evaluation.roc(pairs.scores, pairs.same)
+            least = 1 / max(1, int((~pairs.same).sum()))
+            lowest = min(lowest, least)
+            axes.plot(np.maximum(curve.false_accept_rate, least / 2), curve.true_accept_rate, label=name)
+        axes.set(xscale="log", xlim=(lowest / 2, 1), ylim=(0, 1.01))
+        axes.set(xlabel="false accept rate", ylabel="true accept rate")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+
+    return png_of(draw, (6, 4.5))

@@ -50,7 +50,7 @@ class Faces:
         if not found:
             raise RecognitionError(f"{path}: no face found")
         try:
-            return align_face(photo, found[0], self.embedder.network.size)[0]
+            return align_face(photo, found[0], self.embedder.network.size, self.embedder.template)[0]
         except AlignmentError as error:
             raise RecognitionError(f"{path}: {error}") from None
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from recipes.face.align import POINTS
+from recipes.face.align import LANDMARKS
 
 SIZE = 160  # of a picture, in pixels
 _FINER = 2  # it is drawn so many times larger
@@ -349,6 +349,6 @@ def render(out: Path, people: int, views: int, seed: int = 0, first: int = 0) ->
     path = out / "landmarks.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["photo", *(f"{point}_{axis}" for point in POINTS for axis in "xy")])
+        table.writerow(["photo", *LANDMARKS])
         table.writerows(rows)
     return path

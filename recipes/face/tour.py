@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from html import escape
@@ -29,8 +30,7 @@ from recipes.face.config import CONFIGS
 from recipes.face.detection import Detector, DetectorError
 from recipes.face.embedders import Embedder, Network, load_embedder
 from recipes.face.errors import RecipeError
-from recipes.face.networks import make_network
-from recipes.face.photos import decode, images_in, read_photo
+from recipes.face.photos import classes_of, decode, images_in, read_photo
 from recipes.face.protocols import Pairs
 from recipes.face.rendering import render
 from recipes.face.verification_sets import read_verification_set
@@ -57,14 +57,14 @@ _FIRST_HELD_OUT = 100_000  # the number of the first person who is not trained o
 
 
 class Tour:
-    """Runs commands into a folder and keeps what they said."""
+    """Runs commands and keeps what they said."""
 
-    def __init__(self, out: Path, run: Command) -> None:
-        self.out, self._run = out, run
+    def __init__(self, run: Command) -> None:
+        self._run = run
         self.said: list[tuple[str, str, int]] = []  # command, what it printed, exit status
 
-    def __call__(self, *arguments: object, allowed: tuple[int, ...] = (0,)) -> str:
-        """What the command printed. RecipeError where it fails."""
+    def __call__(self, *arguments: object, allowed: tuple[int, ...] = (0,)) -> None:
+        """RecipeError where the command fails."""
         words = [str(each) for each in arguments]
         shown = "python -m recipes.face " + shlex.join(words)
         print(f"$ {shown}", flush=True)
@@ -75,13 +75,12 @@ class Tour:
         self.said.append((shown, heard.getvalue(), status))
         if status not in allowed:
             raise RecipeError(f"{shown} ended with status {status}")
-        return heard.getvalue()
 
 
 def write_pairs(faces: Path, out: Path, count: int, seed: int = 0) -> None:
     """A CSV of `count` pairs, half of them of one person, in no order."""
     random = np.random.default_rng(seed)
-    people = [sorted(each.glob("*.jpg")) for each in sorted(faces.iterdir()) if each.is_dir()]
+    people = list(classes_of(faces).values())
     rows = []
     for place in range(count):
         same = place % 2 == 0
@@ -103,15 +102,13 @@ def pixel_pairs(path: Path, size: int = 16) -> Pairs:
         small = decode(data).convert("RGB").resize((size, size), Image.Resampling.BOX)
         pixels = torch.from_numpy(np.asarray(small, dtype=np.float32)).flatten()
         rows.append(pixels - pixels.mean())
-    first = torch.arange(0, len(rows), 2)
-    return Pairs(evaluation.pair_scores(torch.stack(rows), first, first + 1), torch.tensor(same))
+    return protocols.two_by_two(torch.stack(rows), same)
 
 
 def untrained(network: Network) -> Embedder:
     """The same network as it begins."""
     torch.manual_seed(0)
-    model = make_network(network.name, network.features, network.size, network.width)
-    return Embedder(network, model.eval().requires_grad_(False))
+    return Embedder(network, network.make().eval().requires_grad_(False))
 
 
 def run_tour(out: Path, run: Command, quick: bool = False) -> dict[str, float]:
@@ -127,7 +124,7 @@ def run_tour(out: Path, run: Command, quick: bool = False) -> dict[str, float]:
         raise RecipeError(f"{out} is not empty, and no tour's folder; choose another --out")
     _clear(out)
     marker.write_text("made by python -m recipes.face tour; its next run begins anew\n", encoding="utf-8")
-    tour = Tour(out, run)
+    tour = Tour(run)
     sets = {"train": (size.people, size.views, 0), "held_out": (size.held_out, size.held_out_views, _FIRST_HELD_OUT)}
     for name, (people, views, first) in sets.items():
         landmarks = render(out / "photos" / name, people, views, first=first)
@@ -171,8 +168,6 @@ def run_tour(out: Path, run: Command, quick: bool = False) -> dict[str, float]:
 
 
 def _clear(out: Path) -> None:
-    import shutil
-
     for name in ("photos", "faces", "run", "eval", "gallery", "probes"):
         shutil.rmtree(out / name, ignore_errors=True)
 
@@ -180,8 +175,6 @@ def _clear(out: Path) -> None:
 def _split(people: list[Path], gallery: Path, probes: Path) -> None:
     """Half of each person's faces to the gallery, the others are probes; of the last fifth of the people none is in the
     gallery."""
-    import shutil
-
     known = len(people) - len(people) // 5
     for place, person in enumerate(people):
         faces = sorted(person.glob("*.jpg"))
@@ -221,18 +214,6 @@ def _picture(data: bytes, caption: str, width: int | None = None) -> str:
     )
 
 
-def _figure(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=100)
-    return out.getvalue()
-
-
 def _training_curves(log: Path, val: Path) -> bytes:
     def read(path: Path) -> dict[str, list[float]]:
         with path.open(newline="", encoding="utf-8") as file:
@@ -254,7 +235,7 @@ def _training_curves(log: Path, val: Path) -> bytes:
         panels[2].set(title="accuracy", xlabel="step", ylim=(0, 1.02))
         panels[2].legend()
 
-    return _figure(draw, (12, 3.4))
+    return protocols.png_of(draw, (12, 3.4))
 
 
 def _histogram(pairs: Pairs, threshold: float | None) -> bytes:
@@ -268,7 +249,7 @@ def _histogram(pairs: Pairs, threshold: float | None) -> bytes:
         axes.set(xlabel="cosine", ylabel="density")
         axes.legend()
 
-    return _figure(draw, (6, 4))
+    return protocols.png_of(draw, (6, 4))
 
 
 def _png(image: Image.Image) -> bytes:

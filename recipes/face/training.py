@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import csv
 import dataclasses
 import json
@@ -47,7 +46,6 @@ from recipes.face.embedders import Embedder, Network, checked_device, load_plain
 from recipes.face.errors import RecipeError
 from recipes.face.networks import make_network
 from recipes.face.verification_sets import read_verification_set
-from torchmargin import evaluation
 from torchmargin.distributed import ClassParallel, ClassSampler, attach_row_optimizer
 
 _FORMAT = "torchmargin.recipes.face.training/1"
@@ -249,8 +247,8 @@ class Trainer:
         config = self.config
         network = Network(config.net, config.features, config.size, config.width)
         source = self.network if self.mean is None else self.mean.module
-        model = make_network(config.net, config.features, config.size, config.width)
-        model.load_state_dict(copy.deepcopy(source.state_dict()))
+        model = network.make()
+        model.load_state_dict(source.state_dict())
         model.eval().requires_grad_(False).to(self.device)
         trained = {"step": self.step, "classes": self.classes, **dataclasses.asdict(config)}
         return Embedder(network, model, trained=trained)
@@ -553,8 +551,7 @@ class Run:
             whole = torch.empty(len(found.images), embeddings.shape[1])
             for place, part in enumerate(everywhere):
                 whole[place::world] = part
-            first = torch.arange(0, len(whole), 2)
-            pairs = protocols.Pairs(evaluation.pair_scores(whole, first, first + 1), torch.tensor(found.same))
+            pairs = protocols.two_by_two(whole, found.same)
             report = protocols.report(pairs, "insightface")
             curves[name] = pairs
             accuracies.append(report.get("accuracy", 1 - report["eer"]))
@@ -567,7 +564,7 @@ class Run:
         if mean > self.best:
             self.best, self.step_of_best = mean, self.trainer.step
             if self.first:
-                embedder.thresholds = protocols.report(protocols.together(curves.values()))["threshold_at_far"]
+                embedder.thresholds = protocols.thresholds_of(curves.values())
                 embedder.save(self.out / "best.pt")
 
     def save(self) -> None:
@@ -575,7 +572,7 @@ class Run:
         self._busy = True
         state = self.trainer.state()
         state["best"] = (self.best, self.step_of_best)
-        state["pending"] = [list(each) for each in self.pending]
+        state["pending"] = self.pending  # numbers, since _check_losses
         if self.first:
             save_whole(state, self.out / "last.pt")
             self.trainer.embedder().save(self.out / "embedder.pt")

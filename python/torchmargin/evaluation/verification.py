@@ -157,12 +157,11 @@ def _best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
 _SQUARED_DISTANCES = np.arange(0, 4, 0.01)  # of unit vectors, as InsightFace tries them
 
 
-def _best_of_grid(scores: np.ndarray, same: np.ndarray) -> float:
-    """The cosine of the first of the squared distances below which most pairs are rightly accepted."""
-    distances = 2 - 2 * scores
+def _best_of_grid(distances: np.ndarray, same: np.ndarray) -> float:
+    """The first of the squared distances below which most pairs are rightly accepted."""
     order = np.sort(distances[same]), np.sort(distances[~same])
     accepted, wrongly = (np.searchsorted(of, _SQUARED_DISTANCES, side="left") for of in order)
-    return float(1 - _SQUARED_DISTANCES[np.argmax(accepted - wrongly)] / 2)
+    return float(_SQUARED_DISTANCES[np.argmax(accepted - wrongly)])
 
 
 def kfold_accuracy(
@@ -186,13 +185,15 @@ def kfold_accuracy(
         raise ValueError(
             f'expected scores to be cosines for thresholds="insightface", but got {scores[np.abs(scores).argmax()]:g}'
         )
+    distances = 2 - 2 * scores
     accuracies, found = [], []
     for others, fold in KFold(folds).split(scores):
-        threshold = (_best_of_grid if on_grid else _best_threshold)(scores[others], same[others])
-        found.append(threshold)
-        if on_grid:  # NB: below, and by distances: at 1 - t / 2 itself a pair is refused
-            accept = 2 - 2 * scores[fold] < 2 - 2 * threshold
+        if on_grid:
+            largest = _best_of_grid(distances[others], same[others])
+            threshold, accept = 1 - largest / 2, distances[fold] < largest  # NB: refused at the threshold itself
         else:
+            threshold = _best_threshold(scores[others], same[others])
             accept = scores[fold] >= threshold
+        found.append(threshold)
         accuracies.append(float(np.mean(accept == same[fold])))
     return KFoldAccuracy(float(np.mean(accuracies)), float(np.std(accuracies)), accuracies, found)

@@ -61,7 +61,7 @@ def test_the_cosine_of_pixels(tmp_path):
 
 
 def test_a_command_that_fails_ends_the_tour(tmp_path, capsys):
-    walk = tour.Tour(tmp_path, lambda words: {"good": 0, "other": 1, "bad": 2}[words[0]])
+    walk = tour.Tour(lambda words: {"good": 0, "other": 1, "bad": 2}[words[0]])
     walk("good", tmp_path)
     walk("other", allowed=(0, 1))
     with pytest.raises(RecipeError, match="python -m recipes.face bad ended with status 2"):
