@@ -21,34 +21,35 @@ def evaluate(
     bins: list[Path] | None = None,
     lfw: tuple[Path, Path] | None = None,
     ijb: tuple[Path, str] | None = None,
-    flip: bool = True,
+    flip: bool | None = None,
     thresholds: Thresholds = "exact",
     device: str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes report.json and roc.png to ``out``, and the thresholds into the embedder (those of single images: not
-    IJB's templates). Returns the report."""
+    IJB's templates). Returns the report. flip: with mirror images or not; None: as the embedder says."""
     bins = bins or []
     if not bins and lfw is None and ijb is None:
         raise RecipeError("expected pairs to evaluate on: --bin, --lfw or --ijb")
     if len({path.stem for path in bins}) < len(bins):
         raise RecipeError("two of the --bin sets have one name")
     embedder = load_embedder(embedder_file, device)
+    if flip is not None:
+        embedder.flip = flip  # thresholds are of such embeddings
     images: dict[str, Pairs] = {}
     for path in bins:
-        images[path.stem] = protocols.bin_pairs(embedder, path, flip=flip, progress=progress)
+        images[path.stem] = protocols.bin_pairs(embedder, path, progress=progress)
     if lfw is not None:
-        images["lfw pairs"] = protocols.lfw_pairs(embedder, *lfw, flip=flip, progress=progress)
+        images["lfw pairs"] = protocols.lfw_pairs(embedder, *lfw, progress=progress)
     report: dict[str, Any] = {name: protocols.report(pairs, thresholds) for name, pairs in images.items()}
     curves = dict(images)
     if ijb is not None:
         name = f"IJB-{ijb[1]}"
-        curves[name] = protocols.ijb_pairs(embedder, *ijb, flip=flip, progress=progress)
+        curves[name] = protocols.ijb_pairs(embedder, *ijb, progress=progress)
         report[name] = protocols.ijb_report(curves[name])
-    result: dict[str, Any] = {"embedder": str(embedder_file), "flip": flip, "sets": report}
+    result: dict[str, Any] = {"embedder": str(embedder_file), "flip": embedder.flip, "sets": report}
     if images:
         embedder.thresholds = protocols.thresholds_of(images.values())
-        embedder.flip = flip  # thresholds are of such embeddings
         embedder.save(embedder_file)
         result["threshold_at_far"] = embedder.thresholds
     out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:  # type: ignore[
     made.add_argument("--bin", type=Path, nargs="+", default=[], metavar="BIN", help="verification sets")
     made.add_argument("--lfw", type=Path, nargs=2, metavar=("ROOT", "PAIRS"), help="aligned images and pairs.txt")
     made.add_argument("--ijb", nargs=2, metavar=("ROOT", "B|C"), help="IJB-B or IJB-C as InsightFace packs it")
-    made.add_argument("--no-flip", action="store_true", help="embeddings of images alone, without their mirror images")
+    made.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="embeddings with those of mirror images (default: as the embedder says)",
+    )
     made.add_argument(
         "--thresholds", choices=["exact", "insightface"], default="exact", help="that the ten folds choose from"
     )
@@ -82,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
         bins=options.bin,
         lfw=None if options.lfw is None else (options.lfw[0], options.lfw[1]),
         ijb=None if options.ijb is None else (Path(options.ijb[0]), options.ijb[1]),
-        flip=not options.no_flip,
+        flip=options.flip,
         thresholds=options.thresholds,
         device=options.device,
     )

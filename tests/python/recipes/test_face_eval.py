@@ -78,6 +78,28 @@ def test_a_verification_set(sets, tmp_path, capsys, flip):
     assert "pairs: accuracy" in capsys.readouterr().out
 
 
+def test_an_embedder_without_mirror_images_stays_one(sets, tmp_path):
+    file = tmp_path / "embedder.pt"
+    made = embedder(file, flip=False)
+    for more, flip in (([], False), (["--flip"], True), ([], True), (["--no-flip"], False)):
+        assert main(["eval", str(file), "--bin", str(sets[1]), *more]) == 0
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert load_embedder(file).flip == report["flip"] == flip
+        measured = protocols.report(protocols.bin_pairs(made, sets[1], flip=flip, progress=False))
+        assert report["threshold_at_far"] == pytest.approx(measured["threshold_at_far"])
+
+
+def test_faces_are_aligned_to_the_embedders_template(sets, tmp_path):
+    moved = tuple((x + 3.0, y) for x, y in template().tolist())
+    made = embedder(tmp_path / "embedder.pt")
+    _ijb(tmp_path / "ijb", sets, made)
+    plain = protocols.ijb_pairs(made, tmp_path / "ijb", "C", progress=False)
+    made.template = moved
+    made.save(tmp_path / "moved.pt")
+    found = protocols.ijb_pairs(load_embedder(tmp_path / "moved.pt"), tmp_path / "ijb", "C", progress=False)
+    assert (found.scores - plain.scores).abs().max() > 1e-4
+
+
 def test_thresholds_are_of_all_sets_together(sets, tmp_path):
     embedder(tmp_path / "embedder.pt")
     images, same = read_verification_set(sets[1])
