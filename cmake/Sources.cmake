@@ -11,6 +11,7 @@ set(TORCHMARGIN_GATE_SOURCES
 
 set(TORCHMARGIN_OPS_SOURCES
   csrc/ops/schema.cpp
+  csrc/ops/class_weight.cpp
   csrc/ops/cross_entropy.cpp
   csrc/ops/kept_classes.cpp
   csrc/ops/linear.cpp

@@ -30,7 +30,7 @@ at::Tensor class_parallel_cross_entropy(
       margin_gradient_name(margin.margin_gradient), linear.normalize_input(), linear.normalize_weight(),
       linear.compute_dtype(), linear.sub_centers(), linear.hard_threshold(), linear.hard_coefficients(),
       linear.hardest(), linear.hardest_margin(), loss.label_smoothing(), loss.ignore_index(), loss.reduction(),
-      options.max_rows(), options.input_grad_scale());
+      loss.class_weight(), options.max_rows(), options.input_grad_scale());
 }
 
 at::Tensor class_parallel_binary_cross_entropy(
@@ -47,7 +47,7 @@ at::Tensor class_parallel_binary_cross_entropy(
       input, weights, class_starts, target, num_classes, options.group_name(), options.group_size(), loss.bias(),
       loss.scale(), loss.margin(), loss.kind(), loss.power(), loss.positive_weight(), loss.negative_weight(),
       loss.sub_centers(), loss.compute_dtype(), loss.ignore_index(), loss.reduction(), loss.require_target(),
-      options.max_rows(), options.input_grad_scale());
+      loss.class_weight(), options.max_rows(), options.input_grad_scale());
 }
 
 } // namespace torchmargin::nn::functional

@@ -72,7 +72,7 @@ at::Tensor linear_margin_cross_entropy(
   const LinearMarginFuncOptions& linear = options.linear();
   return call(
       op, input, weight, target, linear, linear.hardest(), linear.hardest_margin(), options.label_smoothing(),
-      options.ignore_index(), std::string_view(options.reduction()));
+      options.ignore_index(), std::string_view(options.reduction()), options.class_weight());
 }
 
 std::pair<at::Tensor, MarginStatistics> linear_margin_cross_entropy_with_statistics(
@@ -87,7 +87,7 @@ std::pair<at::Tensor, MarginStatistics> linear_margin_cross_entropy_with_statist
   const LinearMarginFuncOptions& linear = options.linear();
   auto [loss, target_angle, accuracy, hardest_negative_logit] = call(
       op, input, weight, target, linear, linear.hardest(), linear.hardest_margin(), options.label_smoothing(),
-      options.ignore_index(), std::string_view(options.reduction()));
+      options.ignore_index(), std::string_view(options.reduction()), options.class_weight());
   return {loss, {target_angle, accuracy, hardest_negative_logit}};
 }
 
@@ -102,7 +102,8 @@ auto call_binary(
     const LinearMarginBinaryCrossEntropyFuncOptions& o) {
   return op.call(
       input, weight, target, o.bias(), o.scale(), o.margin(), o.kind(), o.power(), o.positive_weight(),
-      o.negative_weight(), o.sub_centers(), o.compute_dtype(), o.ignore_index(), o.reduction(), o.require_target());
+      o.negative_weight(), o.sub_centers(), o.compute_dtype(), o.ignore_index(), o.reduction(), o.require_target(),
+      o.class_weight());
 }
 
 } // namespace
@@ -153,7 +154,7 @@ at::Tensor margin_cross_entropy(
       cosine, target, margin.scale, margin.m1, margin.m2, margin.m3, linear.sample_m2(), linear.sample_m3(),
       linear.sample_margin_weight(), extension_name(margin.extension), margin.margin_weight,
       margin_gradient_name(margin.margin_gradient), options.label_smoothing(), options.ignore_index(),
-      options.reduction());
+      options.reduction(), options.class_weight());
 }
 
 at::Tensor margin_transform(const at::Tensor& cosine, const MarginParameters& margin) {

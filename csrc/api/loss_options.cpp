@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string_view>
+
+#include "ops/class_weight.h"
 
 namespace torchmargin::nn {
 namespace {
@@ -40,6 +43,7 @@ MarginLossOptions common(const Options& o, const LossForm& form) {
   options.label_smoothing(o.label_smoothing());
   options.ignore_index(o.ignore_index());
   options.reduction(o.reduction());
+  options.class_weight(o.class_weight());
   options.sub_centers(o.sub_centers());
   options.interclass_filter(o.interclass_filter());
   return options;
@@ -114,11 +118,18 @@ void check_options(const MarginLossOptions& options) {
         options.form().normalize_input && options.form().normalize_weight,
         "expected normalize_input and normalize_weight with interclass_filter, which is a cosine");
   }
+  check_class_weight_values(options.class_weight());
   // NB: not on the Meta device: without Python many of ATen's ops have no kernel there.
   const at::Tensor nothing = at::empty({0, 1}, at::kFloat);
   const at::Tensor labels = at::empty({0}, nothing.options().dtype(at::kLong));
   const at::Tensor one_class = nothing.new_zeros({std::max<int64_t>(options.sub_centers(), 1), 1});
-  if (options.one_against_all().has_value()) {
+  const bool binary = options.one_against_all().has_value();
+  if (options.class_weight().defined()) {
+    const std::string_view op = binary ? "linear_margin_binary_cross_entropy" : "linear_margin_cross_entropy";
+    check_class_weight(
+        op, options.class_weight(), /*input=*/options.class_weight(), options.num_classes(), options.label_smoothing());
+  }
+  if (binary) {
     TORCH_CHECK(
         options.label_smoothing() == 0,
         "expected no label_smoothing, it is a mean over the logits of a softmax, but got ", options.label_smoothing());
@@ -154,6 +165,17 @@ void check_class_margins(const torch::Tensor& margins) {
       good.all().item<bool>(),
       "expected class_margins to be finite and at most pi in size (radians, not degrees), but got ",
       margins.masked_select(good.logical_not())[0].item<double>());
+}
+
+void check_class_weight_values(const torch::Tensor& class_weight) {
+  if (!class_weight.defined() || class_weight.numel() == 0) {
+    return;
+  }
+  const torch::Tensor values = class_weight.detach().to(at::kDouble);
+  const torch::Tensor good = values.ge(0).logical_and(values.isfinite()); // false of NaN
+  TORCH_CHECK(
+      good.all().item<bool>(), "expected class_weight to be finite and not negative, but got ",
+      values.masked_select(good.logical_not())[0].item<double>());
 }
 
 MarginLossOptions margin_options(const SoftmaxLossOptions& o) {

@@ -17,6 +17,9 @@ functional::LinearMarginBinaryCrossEntropyFuncOptions binary_options(const Margi
 // class_margins [C] as C numbers in radians or cosines: finite and at most pi in size.
 void check_class_margins(const torch::Tensor& margins);
 
+// class_weight [C], where there is one: finite and not negative.
+void check_class_weight_values(const torch::Tensor& class_weight);
+
 #define TORCHMARGIN_DECLARE_OPTIONS(Name)                   \
   MarginLossOptions margin_options(const Name##Options& o); \
   std::vector<SavedNumber> numbers_of(Name##Options& o)

@@ -14,6 +14,7 @@
 
 #include "api/loss_options.h"
 #include "ops/checks.h"
+#include "ops/class_weight.h"
 #include "ops/find_op.h"
 #include "ops/margins.h"
 
@@ -34,6 +35,7 @@ call_options(const MarginLossOptions& options, const torch::Tensor& bias, const 
   all.label_smoothing(options.label_smoothing());
   all.ignore_index(options.ignore_index());
   all.reduction(options.reduction());
+  all.class_weight(options.class_weight());
   return all;
 }
 
@@ -69,6 +71,14 @@ torch::Tensor key_of(const torch::Tensor& embeddings, const torch::Tensor& label
 }
 
 torch::Tensor reduced(const torch::Tensor& penalty, const torch::Tensor& labels, const MarginLossOptions& options) {
+  if (const torch::Tensor& class_weight = options.class_weight(); class_weight.defined()) {
+    const CrossEntropyOptions of_rows =
+        make_cross_entropy_options("row_penalty", /*label_smoothing=*/0.0, options.ignore_index(), options.reduction());
+    const torch::Tensor valid = labels != options.ignore_index();
+    const torch::Tensor rows = at::where(valid, penalty, at::zeros({}, penalty.options()));
+    return weighted_loss(rows, class_weight, labels, options.ignore_index(), of_rows.reduction)
+        .to(penalty.scalar_type());
+  }
   const torch::Tensor valid = labels != options.ignore_index();
   const torch::Tensor rows = at::where(valid, penalty, at::zeros({}, penalty.options()));
   if (options.reduction() == "none") {
@@ -184,7 +194,8 @@ torch::Tensor MarginLossBase::logits(const torch::Tensor& embeddings) const {
 
 std::pair<torch::Tensor, MarginStatistics>
 MarginLossBase::call(const torch::Tensor& embeddings, const torch::Tensor& labels, bool with_statistics) {
-  const MarginLossOptions options = present_options();
+  MarginLossOptions options = present_options();
+  options.class_weight(known_class_weight(options.class_weight()));
   const auto [input, lowest] = widened(embeddings, weight);
   const bool hooked = is_batch(input, labels, weight);
   std::optional<Step> step;
@@ -212,7 +223,8 @@ std::pair<torch::Tensor, MarginStatistics> MarginLossBase::call_op(
     bool with_statistics) {
   if (options.one_against_all().has_value()) {
     const functional::LinearMarginBinaryCrossEntropyFuncOptions binary =
-        binary_options(options).bias(bias).compute_dtype(lowest).require_target(true);
+        binary_options(options).bias(bias).compute_dtype(lowest).require_target(true).class_weight(
+            options.class_weight());
     if (with_statistics) {
       return functional::linear_margin_binary_cross_entropy_with_statistics(input, weight, labels, binary);
     }
@@ -229,6 +241,17 @@ std::pair<torch::Tensor, MarginStatistics> MarginLossBase::call_op(
     return functional::linear_margin_cross_entropy_with_statistics(input, weight, labels, all);
   }
   return {functional::linear_margin_cross_entropy(input, weight, labels, all), {}};
+}
+
+torch::Tensor MarginLossBase::known_class_weight(const torch::Tensor& given) {
+  // Looked at and moved when it is new, not in every call. NB: an inference tensor has no version.
+  const int64_t version = given.defined() && !given.is_inference() ? given._version() : -1;
+  if (!given.defined() || !class_weight_.given.is_same(given) || version < 0 || class_weight_.version != version ||
+      class_weight_.here.device() != weight.device()) {
+    check_class_weight_values(given);
+    class_weight_ = {given, given.defined() ? given.to(weight.device()) : given, version};
+  }
+  return class_weight_.here;
 }
 
 HardNegatives MarginLossBase::negatives(const torch::Tensor& /*embeddings*/, const torch::Tensor& /*labels*/) {

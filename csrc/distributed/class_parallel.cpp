@@ -19,6 +19,7 @@
 #include "distributed/collectives.h"
 #include "distributed/merge.h"
 #include "ops/binary_cross_entropy.h"
+#include "ops/class_weight.h"
 #include "ops/cross_entropy.h"
 #include "ops/find_op.h"
 #include "ops/hard_negatives.h"
@@ -125,7 +126,7 @@ lowest_dtype(const at::Tensor& input, const at::Tensor& weight, std::optional<at
 
 // The gates: of this rank's arguments, before anything is sent.
 CrossEntropyOptions check(TORCHMARGIN_CLASS_PARALLEL_PARAMETERS) {
-  const CrossEntropyOptions options = make_cross_entropy_options(kOp, label_smoothing, ignore_index, reduction);
+  const CrossEntropyOptions options = make_cross_entropy_options(kOp, TORCHMARGIN_LOSS_ARGUMENTS);
   TORCH_CHECK(
       !biases.has_value() || biases->size() == weights.size(), kOp, ": expected a bias for each of ", weights.size(),
       " weights, but got ", biases->size());
@@ -139,6 +140,7 @@ CrossEntropyOptions check(TORCHMARGIN_CLASS_PARALLEL_PARAMETERS) {
     check_hardest_margin(kOp, problem, hardest_margin);
   }
   check_blocks(kOp, weights, class_starts, num_classes, sub_centers);
+  check_class_weight(kOp, class_weight, input, num_classes, label_smoothing);
   return options;
 }
 
@@ -149,7 +151,8 @@ CrossEntropyOptions check(TORCHMARGIN_CLASS_PARALLEL_BINARY_PARAMETERS) {
     make_binary_problem(kBinaryOp, widened(input, weight), weight, target, TORCHMARGIN_BINARY_OPTION_ARGUMENTS);
   }
   check_blocks(kBinaryOp, weights, class_starts, num_classes, sub_centers);
-  return make_cross_entropy_options(kBinaryOp, /*label_smoothing=*/0.0, ignore_index, reduction);
+  check_class_weight(kBinaryOp, class_weight, input, num_classes, /*label_smoothing=*/0.0);
+  return make_cross_entropy_options(kBinaryOp, /*label_smoothing=*/0.0, ignore_index, reduction, class_weight);
 }
 
 // Labels and rows of all ranks.
@@ -190,15 +193,21 @@ GatheredRows gather(
   return {options, group, labels, rows, rows_per_rank};
 }
 
-// The loss of all ranks from the losses [B] float64 of this rank's rows.
-at::Tensor reduced(const at::Tensor& losses, const GatheredRows& all) {
+// The loss of all ranks from the losses [B] float64 of this rank's rows. All ranks have the same weights of classes.
+at::Tensor reduced(const at::Tensor& row_losses, const at::Tensor& target, const GatheredRows& all) {
+  const auto& class_weight = all.options.class_weight;
+  const auto weights = [&](const at::Tensor& labels) {
+    return row_weights(*class_weight, labels, all.options.ignore_index);
+  };
+  const at::Tensor losses = class_weight.has_value() ? weights(target) * row_losses : row_losses;
   const at::ScalarType acc = acc_dtype(all.rows.scalar_type());
   if (all.options.reduction == Reduction::none) {
     return losses.to(acc);
   }
   at::Tensor value = losses.sum();
   if (all.options.reduction == Reduction::mean) {
-    value = value / all.labels.ne(all.options.ignore_index).sum();
+    const at::Tensor counts = class_weight.has_value() ? weights(all.labels) : all.labels.ne(all.options.ignore_index);
+    value = value / counts.sum();
   }
   return global_sum(value, all.group).to(acc);
 }
@@ -340,8 +349,8 @@ at::Tensor class_parallel_cross_entropy(TORCHMARGIN_CLASS_PARALLEL_PARAMETERS) {
   }
   const at::Tensor losses = cross_entropy(
       sums.other_lse, of_own(merged.target_logit), sums.logit_sum, target, num_classes, at::kDouble,
-      {label_smoothing, ignore_index, Reduction::none});
-  return reduced(losses, all);
+      {label_smoothing, ignore_index, Reduction::none, /*class_weight=*/std::nullopt});
+  return reduced(losses, target, all);
 }
 
 at::Tensor class_parallel_binary_cross_entropy(TORCHMARGIN_CLASS_PARALLEL_BINARY_PARAMETERS) {
@@ -360,7 +369,7 @@ at::Tensor class_parallel_binary_cross_entropy(TORCHMARGIN_CLASS_PARALLEL_BINARY
   for (size_t i = 0; i < weights.size(); ++i) {
     const PartialsTuple partials = partials_of.call(
         all.rows, weights[i], all.labels - class_starts[i], shared_bias, scale, margin, kind, power, positive_weight,
-        negative_weight, sub_centers, lowest, ignore_index, reduction, require_target,
+        negative_weight, sub_centers, lowest, ignore_index, reduction, require_target, /*class_weight=*/std::nullopt,
         static_cast<int64_t>(weights.size()));
     other_sum.push_back(std::get<0>(partials));
     target_logit.push_back(std::get<1>(partials));
@@ -371,7 +380,7 @@ at::Tensor class_parallel_binary_cross_entropy(TORCHMARGIN_CLASS_PARALLEL_BINARY
   const at::Tensor losses = binary_losses(
       of_own(found[0]), of_own(found[1]), target, num_classes,
       {.positive_weight = positive_weight, .negative_weight = negative_weight, .ignore_index = ignore_index});
-  return reduced(losses, all);
+  return reduced(losses, target, all);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor>

@@ -49,18 +49,18 @@
 #define TORCHMARGIN_BINARY_OPTIONS_SCHEMA                                                                     \
   "Tensor? bias=None, *, float scale=1.0, float margin=0.0, str kind=\"c\", float power=1.0, "                \
   "float positive_weight=1.0, float negative_weight=1.0, int sub_centers=1, ScalarType? compute_dtype=None, " \
-  "int ignore_index=-100, str reduction=\"mean\", bool require_target=False"
+  "int ignore_index=-100, str reduction=\"mean\", bool require_target=False, Tensor? class_weight=None"
 #define TORCHMARGIN_BINARY_SCHEMA "Tensor input, Tensor weight, Tensor target, " TORCHMARGIN_BINARY_OPTIONS_SCHEMA
 #define TORCHMARGIN_BINARY_OPTION_PARAMETERS                                                              \
   const std::optional<at::Tensor>&bias, double scale, double margin, std::string_view kind, double power, \
       double positive_weight, double negative_weight, int64_t sub_centers,                                \
       std::optional<at::ScalarType> compute_dtype, int64_t ignore_index, std::string_view reduction,      \
-      [[maybe_unused]] bool require_target
+      [[maybe_unused]] bool require_target, [[maybe_unused]] const std::optional<at::Tensor>&class_weight
 #define TORCHMARGIN_BINARY_PARAMETERS \
   const at::Tensor &input, const at::Tensor &weight, const at::Tensor &target, TORCHMARGIN_BINARY_OPTION_PARAMETERS
 #define TORCHMARGIN_BINARY_OPTION_ARGUMENTS                                                                     \
   bias, scale, margin, kind, power, positive_weight, negative_weight, sub_centers, compute_dtype, ignore_index, \
-      reduction, require_target
+      reduction, require_target, class_weight
 #define TORCHMARGIN_BINARY_ARGUMENTS input, weight, target, TORCHMARGIN_BINARY_OPTION_ARGUMENTS
 
 // The linear forward of one block of classes among others: see linear.cpp.
@@ -82,9 +82,12 @@
       std::string_view margin_gradient
 
 // ---- what the losses take beyond them -----------------------------------------------------
-#define TORCHMARGIN_LOSS_SCHEMA ", float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\""
-#define TORCHMARGIN_LOSS_PARAMETERS double label_smoothing, int64_t ignore_index, std::string_view reduction
-#define TORCHMARGIN_LOSS_ARGUMENTS label_smoothing, ignore_index, reduction
+#define TORCHMARGIN_LOSS_SCHEMA \
+  ", float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\", Tensor? class_weight=None"
+#define TORCHMARGIN_LOSS_PARAMETERS                                         \
+  double label_smoothing, int64_t ignore_index, std::string_view reduction, \
+      [[maybe_unused]] const std::optional<at::Tensor>&class_weight
+#define TORCHMARGIN_LOSS_ARGUMENTS label_smoothing, ignore_index, reduction, class_weight
 
 // ---- private ops --------------------------------------------------------------------------
 #define TORCHMARGIN_PACKED_MARGINS_SCHEMA \

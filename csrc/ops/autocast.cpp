@@ -98,7 +98,7 @@ auto call_binary(const Op& op, TORCHMARGIN_BINARY_PARAMETERS, More... more) {
   return op.call(
       cast(input, dtype), weight, target, cast(bias, dtype), scale, margin, kind, power, positive_weight,
       negative_weight, sub_centers, lowest_dtype(input, weight, compute_dtype), ignore_index, reduction, require_target,
-      more...);
+      class_weight, more...);
 }
 
 at::Tensor linear_margin_binary_cross_entropy_autocast(TORCHMARGIN_BINARY_PARAMETERS) {

@@ -10,6 +10,8 @@
 #include <cmath>
 #include <limits>
 
+#include "ops/checks.h"
+#include "ops/class_weight.h"
 #include "ops/cross_entropy.h"
 #include "ops/kept_classes.h"
 #include "ops/problem.h"
@@ -58,6 +60,10 @@ Loss binary_loss(TORCHMARGIN_BINARY_PARAMETERS) {
   const LinearProblem problem = make_binary_problem(op, TORCHMARGIN_BINARY_ARGUMENTS);
   const Reduction reduce = make_cross_entropy_options(op, /*label_smoothing=*/0.0, ignore_index, reduction).reduction;
   refuse_no_classes(op, problem);
+  check_class_weight(op, class_weight, input, problem.classes(), /*label_smoothing=*/0.0);
+  TORCH_CHECK(
+      !defined(class_weight).has_value() || require_target, op,
+      ": expected require_target with class_weight: a row without a class has no weight");
 
   const ForwardResult result = call_linear_forward(
       problem,
@@ -69,7 +75,9 @@ Loss binary_loss(TORCHMARGIN_BINARY_PARAMETERS) {
       result.other_lse, result.target_logit, target, problem.classes(),
       {.positive_weight = positive_weight, .negative_weight = negative_weight, .ignore_index = ignore_index});
   at::Tensor value = rows;
-  if (reduce == Reduction::sum) {
+  if (const auto weight = defined(class_weight); weight.has_value()) {
+    value = weighted_loss(rows, *weight, target, ignore_index, reduce);
+  } else if (reduce == Reduction::sum) {
     value = rows.sum();
   } else if (reduce == Reduction::mean) {
     value = rows.sum() / valid.sum();

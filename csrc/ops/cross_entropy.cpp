@@ -18,6 +18,8 @@
 #include <limits>
 #include <tuple>
 
+#include "ops/checks.h"
+#include "ops/class_weight.h"
 #include "ops/differentiable.h"
 #include "ops/find_op.h"
 #include "ops/loss_op.h"
@@ -146,11 +148,12 @@ CrossEntropyOptions make_cross_entropy_options(
     std::string_view op,
     double label_smoothing,
     int64_t ignore_index,
-    std::string_view reduction) {
+    std::string_view reduction,
+    const std::optional<at::Tensor>& class_weight) {
   TORCH_CHECK(
       label_smoothing >= 0 && label_smoothing <= 1, op, ": expected label_smoothing in [0, 1], but got ",
       label_smoothing);
-  return {label_smoothing, ignore_index, parse_reduction(op, reduction)};
+  return {label_smoothing, ignore_index, parse_reduction(op, reduction), defined(class_weight)};
 }
 
 at::Tensor cross_entropy(
@@ -165,9 +168,16 @@ at::Tensor cross_entropy(
   if (options.label_smoothing > 0) {
     mean_logit = logit_sum.div(at::Scalar(classes));
   }
-  return call_loss(
-      other_lse, target_logit, mean_logit, target, options.label_smoothing, options.ignore_index,
-      static_cast<int64_t>(options.reduction), /*wide=*/acc == at::kDouble);
+  const auto loss_of = [&](Reduction reduction, bool wide) {
+    return call_loss(
+        other_lse, target_logit, mean_logit, target, options.label_smoothing, options.ignore_index,
+        static_cast<int64_t>(reduction), wide);
+  };
+  if (!options.class_weight.has_value()) {
+    return loss_of(options.reduction, /*wide=*/acc == at::kDouble);
+  }
+  const at::Tensor losses = loss_of(Reduction::none, /*wide=*/true);
+  return weighted_loss(losses, *options.class_weight, target, options.ignore_index, options.reduction).to(acc);
 }
 
 } // namespace torchmargin

@@ -15,13 +15,15 @@ struct CrossEntropyOptions {
   double label_smoothing;
   int64_t ignore_index;
   Reduction reduction;
+  std::optional<at::Tensor> class_weight; // [C], checked: see class_weight.h
 };
 
 CrossEntropyOptions make_cross_entropy_options(
     std::string_view op,
     double label_smoothing,
     int64_t ignore_index,
-    std::string_view reduction);
+    std::string_view reduction,
+    const std::optional<at::Tensor>& class_weight = std::nullopt);
 
 // other_lse, target_logit, logit_sum: [B] float64; logit_sum is read only if there is smoothing. All arithmetic is
 // float64 and the reduced loss is rounded once, to acc. See cross_entropy.cpp.

@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include "ops/class_weight.h"
 #include "ops/cross_entropy.h"
 #include "ops/hard_negatives.h"
 #include "ops/kept_classes.h"
@@ -103,7 +104,8 @@ Loss linear_loss(TORCHMARGIN_LINEAR_PARAMETERS, TORCHMARGIN_HARDEST_PARAMETERS, 
   const LinearProblem problem = make_linear_problem(op, TORCHMARGIN_LINEAR_ARGUMENTS, hardest);
   check_hardest_margin(op, problem, hardest_margin);
   refuse_no_classes(op, problem);
-  const CrossEntropyOptions options = make_cross_entropy_options(op, label_smoothing, ignore_index, reduction);
+  const CrossEntropyOptions options = make_cross_entropy_options(op, TORCHMARGIN_LOSS_ARGUMENTS);
+  check_class_weight(op, class_weight, input, problem.classes(), label_smoothing);
   const ForwardResult result = call_linear_forward(
       problem,
       {.ignore_index = ignore_index,

@@ -232,12 +232,17 @@ def linear_margin_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    class_weight: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the logits with the target's margin, without the [B, C] logits.
 
     A scalar, or [B] with reduction "none". Rows whose target is ``ignore_index`` add nothing to
     the loss, to any gradient or to the mean's count; any other target outside [0, C) raises
     IndexError. Raises RuntimeError for other bad arguments, before any work.
+
+    ``class_weight`` [C] floating-point is torch.nn.functional.cross_entropy's ``weight``: a row's loss is multiplied by
+    the weight of its class, and "mean" divides by the sum of the rows' weights. It requires no grad, and there is no
+    ``label_smoothing`` beside it (RuntimeError).
     """
     loss: Tensor = torch.ops.torchmargin.linear_margin_cross_entropy(
         input,
@@ -265,6 +270,7 @@ def linear_margin_cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         reduction=reduction,
+        class_weight=class_weight,
     )
     return loss
 
@@ -296,6 +302,7 @@ def linear_margin_binary_cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     require_target: bool = False,
+    class_weight: Tensor | None = None,
 ) -> Tensor:
     """One against all: a logistic loss for each class, summed over the classes, without the [B, C] logits.
 
@@ -308,7 +315,8 @@ def linear_margin_binary_cross_entropy(
     SphereFace2 (Wen et al., ICLR 2022): "c" with power 3, weights lambda and 1 - lambda. UniFace (Zhou et al.,
     ICCV 2023): "m" with power 1; the paper's bias is -``bias``. Embeddings and weights are always normalised. A target
     outside [0, C) that is not ``ignore_index`` is absent: the row has negatives only; with ``require_target`` it is an
-    IndexError. ``power`` is at least 1, and whole with "m". Raises RuntimeError for bad arguments, before any work.
+    IndexError. ``power`` is at least 1, and whole with "m". ``class_weight`` as above, with ``require_target`` alone: a
+    row without a class has no weight. Raises RuntimeError for bad arguments, before any work.
     """
     loss: Tensor = torch.ops.torchmargin.linear_margin_binary_cross_entropy(
         input,
@@ -326,6 +334,7 @@ def linear_margin_binary_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         require_target=require_target,
+        class_weight=class_weight,
     )
     return loss
 
@@ -403,6 +412,7 @@ def margin_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    class_weight: Tensor | None = None,
 ) -> Tensor:
     """The loss for callers who hold the cosines [B, C] already, of unit embeddings and weights.
 
@@ -425,6 +435,7 @@ def margin_cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         reduction=reduction,
+        class_weight=class_weight,
     )
     return loss
 

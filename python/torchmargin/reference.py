@@ -48,6 +48,7 @@ __all__ = [
     "margin_logits",
     "margin_transform",
     "psi",
+    "unit",
 ]
 
 ZERO_NORM = 1e-12
@@ -75,7 +76,8 @@ class LinearMarginLseHardest(NamedTuple):
     hardest_class: Tensor
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """Rows of unit length; one that is shorter than ZERO_NORM becomes zero."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     zero = norm < ZERO_NORM
     return torch.where(zero, 0.0, x / torch.where(zero, 1.0, norm))
@@ -116,7 +118,8 @@ def _psi(
     margin_gradient: MarginGradient = "exact",
 ) -> Tensor:
     m2, m3, margin_weight = (
-        torch.as_tensor(number, dtype=theta.dtype, device=theta.device) for number in (m2, m3, margin_weight)
+        number.to(theta) if isinstance(number, Tensor) else theta.new_full((), number)
+        for number in (m2, m3, margin_weight)
     )
     phi = m1 * theta + m2
     if extension == "none":
@@ -178,7 +181,7 @@ def _head(
     if torch.is_autocast_enabled(weight.device.type):  # as the op: everything in the weight's dtype
         input, bias = input.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
     classes = weight.shape[0] // sub_centers
-    unit_x, unit_w = _unit(input), _unit(weight)
+    unit_x, unit_w = unit(input), unit(weight)
     a = unit_x if normalize_input else input
     b = unit_w if normalize_weight else weight
     with torch.autocast(weight.device.type, enabled=False):
@@ -292,12 +295,18 @@ def linear_margin_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    class_weight: Tensor | None = None,
     **head: Unpack[LinearHead],
 ) -> Tensor:
     """The loss, as torch's cross_entropy of the logits."""
     logits = margin_logits(input, weight, target, bias, **head)
     return F.cross_entropy(
-        logits, target, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction
+        logits,
+        target,
+        weight=None if class_weight is None else class_weight.to(logits.dtype),
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
     )
 
 
@@ -316,6 +325,7 @@ def linear_margin_binary_cross_entropy(
     sub_centers: int = 1,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    class_weight: Tensor | None = None,
 ) -> Tensor:
     """One against all: a logistic loss of a curve through each cosine, summed over the classes."""
     head = _head(input, weight, target, sub_centers=sub_centers)
@@ -340,9 +350,13 @@ def linear_margin_binary_cross_entropy(
     of_own = torch.where(head.own.any(1), torch.logaddexp(zero, -(scale * positive + shift)), zero)
     valid = target != ignore_index
     rows = torch.where(valid, positive_weight * of_own + negative_weight * others, zero)
+    counts = valid.to(rows.dtype)
+    if class_weight is not None:
+        counts = torch.where(valid, class_weight.to(rows.dtype)[torch.where(valid, target, 0)], zero)
+        rows = counts * rows
     if reduction == "none":
         return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / valid.sum()
+    return rows.sum() if reduction == "sum" else rows.sum() / counts.sum()
 
 
 def margin_logits(
@@ -379,6 +393,7 @@ def margin_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    class_weight: Tensor | None = None,
     **margin: Unpack[MarginShape],
 ) -> Tensor:
     """The loss from cosines [B, C]: the target's becomes psi, all are scaled, then cross_entropy."""
@@ -397,6 +412,7 @@ def margin_cross_entropy(
     return F.cross_entropy(
         scale * cosine.scatter(1, y, own.unsqueeze(1)),
         target,
+        weight=None if class_weight is None else class_weight.to(cosine.dtype),
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         reduction=reduction,

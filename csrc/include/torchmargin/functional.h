@@ -64,6 +64,9 @@ struct TORCHMARGIN_API LinearMarginCrossEntropyFuncOptions {
   TORCH_ARG(int64_t, ignore_index) = -100;
   /// "none", "mean" or "sum".
   TORCH_ARG(std::string, reduction) = "mean";
+  /// [C] floating-point numbers without a gradient, as torch::nn::functional::cross_entropy's weight: a row counts as
+  /// much as its class, and "mean" divides by the sum of the rows' weights. Without label_smoothing alone.
+  TORCH_ARG(std::optional<at::Tensor>, class_weight) = std::nullopt;
 };
 
 /// The core op's results, [B] each. A target outside [0, C) is absent from this weight:
@@ -149,6 +152,9 @@ struct TORCHMARGIN_API LinearMarginBinaryCrossEntropyFuncOptions {
   TORCH_ARG(std::string, reduction) = "mean";
   /// A target that is neither a class nor ignore_index is c10::IndexError instead of a row of negatives alone.
   TORCH_ARG(bool, require_target) = false;
+  /// [C] floating-point numbers without a gradient, as torch::nn::functional::cross_entropy's weight: a row counts as
+  /// much as its class, and "mean" divides by the sum of the rows' weights. With require_target alone.
+  TORCH_ARG(std::optional<at::Tensor>, class_weight) = std::nullopt;
 };
 TORCHMARGIN_API at::Tensor linear_margin_binary_cross_entropy(
     const at::Tensor& input,

@@ -118,7 +118,15 @@ class TORCHMARGIN_API MarginLossBase {
  private:
   class Step;
 
+  // A class_weight of the options, looked at and on the weight's device.
+  struct KnownClassWeight {
+    torch::Tensor given;
+    torch::Tensor here;
+    int64_t version = -1;
+  };
+
   MarginLossOptions present_options() const;
+  torch::Tensor known_class_weight(const torch::Tensor& given);
   std::pair<torch::Tensor, MarginStatistics> call_op(
       const MarginLossOptions& options,
       const torch::Tensor& embeddings,
@@ -131,6 +139,7 @@ class TORCHMARGIN_API MarginLossBase {
   int64_t class_count() const;
 
   MarginLossOptions own_options_;
+  KnownClassWeight class_weight_;
   torch::Tensor log_; // of steps, for recomputes: see _recall_state
 };
 

@@ -20,22 +20,25 @@ namespace torchmargin::nn {
 /// What every loss takes: sizes, and torch::nn::CrossEntropyLoss's options with its defaults.
 #define TORCHMARGIN_LOSS_OPTIONS(Name) TORCHMARGIN_LOSS_OPTIONS_OF(Name, 1)
 /// The same, with as many centers for a class.
-#define TORCHMARGIN_LOSS_OPTIONS_OF(Name, centers)                                                         \
- public:                                                                                                   \
-  Name(int64_t in_features, int64_t num_classes) : in_features_(in_features), num_classes_(num_classes) {} \
-  /* D, the size of an embedding. */                                                                       \
-  TORCH_ARG(int64_t, in_features);                                                                         \
-  /* C. */                                                                                                 \
-  TORCH_ARG(int64_t, num_classes);                                                                         \
-  /* In [0, 1]. */                                                                                         \
-  TORCH_ARG(double, label_smoothing) = 0.0;                                                                \
-  /* Rows with this label count for nothing. */                                                            \
-  TORCH_ARG(int64_t, ignore_index) = -100;                                                                 \
-  /* "none", "mean" or "sum". */                                                                           \
-  TORCH_ARG(std::string, reduction) = "mean";                                                              \
-  /* K: weights are [C K, D], and a class's cosine is the largest of its K. At most 255. */                \
-  TORCH_ARG(int64_t, sub_centers) = centers;                                                               \
-  /* Other classes with a larger cosine have logit 0 and no gradient, as InsightFace's filter. */          \
+#define TORCHMARGIN_LOSS_OPTIONS_OF(Name, centers)                                                                 \
+ public:                                                                                                           \
+  Name(int64_t in_features, int64_t num_classes) : in_features_(in_features), num_classes_(num_classes) {}         \
+  /* D, the size of an embedding. */                                                                               \
+  TORCH_ARG(int64_t, in_features);                                                                                 \
+  /* C. */                                                                                                         \
+  TORCH_ARG(int64_t, num_classes);                                                                                 \
+  /* In [0, 1]. */                                                                                                 \
+  TORCH_ARG(double, label_smoothing) = 0.0;                                                                        \
+  /* Rows with this label count for nothing. */                                                                    \
+  TORCH_ARG(int64_t, ignore_index) = -100;                                                                         \
+  /* "none", "mean" or "sum". */                                                                                   \
+  TORCH_ARG(std::string, reduction) = "mean";                                                                      \
+  /* [C], a weight of each class, as CrossEntropyLoss's weight: finite, not negative, without a gradient. It is */ \
+  /* not saved. Losses with a softmax take no label_smoothing beside it. */                                        \
+  TORCH_ARG(at::Tensor, class_weight);                                                                             \
+  /* K: weights are [C K, D], and a class's cosine is the largest of its K. At most 255. */                        \
+  TORCH_ARG(int64_t, sub_centers) = centers;                                                                       \
+  /* Other classes with a larger cosine have logit 0 and no gradient, as InsightFace's filter. */                  \
   TORCH_ARG(std::optional<double>, interclass_filter) = std::nullopt
 
 /// How a published margin may be varied: see margin.h.

@@ -29,6 +29,7 @@ def class_parallel_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    class_weight: Tensor | None = None,
     max_rows: int | None = None,
     input_grad_scale: float = 1.0,
     **head: Unpack[LinearHead],
@@ -41,7 +42,8 @@ def class_parallel_cross_entropy(
     :func:`torchmargin.functional.linear_margin_cross_entropy` has it, with sample_*, hard_threshold and
     hard_coefficients of this rank's rows, or the same for all rows on all ranks. Without a threshold hard negatives
     have each row's own, which the rank that holds its class finds; the hardest classes are those of all ranks. Returns
-    the same scalar on all ranks, or this rank's losses [B] with reduction "none". See :class:`ClassParallel`, which it
+    the same scalar on all ranks, or this rank's losses [B] with reduction "none". ``class_weight`` [num_classes] is the
+    same on all ranks. See :class:`ClassParallel`, which it
     is the function of, for ``max_rows``, errors and the order of calls; ``input_grad_scale`` is 1 here: gradients of
     the embeddings as one process has them.
     """
@@ -59,6 +61,7 @@ def class_parallel_cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         reduction=reduction,
+        class_weight=class_weight,
         max_rows=max_rows,
         input_grad_scale=input_grad_scale,
         **head,
@@ -85,6 +88,7 @@ def class_parallel_binary_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    class_weight: Tensor | None = None,
     max_rows: int | None = None,
     input_grad_scale: float = 1.0,
 ) -> Tensor:
@@ -114,6 +118,7 @@ def class_parallel_binary_cross_entropy(
         compute_dtype=compute_dtype,
         ignore_index=ignore_index,
         reduction=reduction,
+        class_weight=class_weight,
         max_rows=max_rows,
         input_grad_scale=input_grad_scale,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, overload
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, TypedDict, Unpack
 
 from torchmargin import _extension  # noqa: F401  (registers the ops)
-from torchmargin.losses.numbers import Alias, Number, check_finite, check_radians, is_number
+from torchmargin.losses.numbers import Alias, ClassWeight, Number, check_finite, check_radians, is_number
 from torchmargin.losses.recompute import empty_log, key_of, log_shape
 from torchmargin.options import Extension, MarginGradient, Reduction
 
@@ -31,6 +32,39 @@ def _given(angle: Tensor | None) -> tuple[Any, ...]:
     return () if angle is None else (angle,)
 
 
+def _spell_signature(cls: type[nn.Module]) -> None:
+    """For help() and editors: the keywords of **common spelled out, where a constructor has them."""
+    signature = inspect.signature(cls.__init__)
+    parameters = list(signature.parameters.values())[1:]
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        shared = {"Unpack[CommonOptions]": CommonOptions, "Unpack[SharedOptions]": SharedOptions}
+        options = shared.get(str(parameters[-1].annotation))
+        if options is not None:
+            known = {parameter.name for parameter in parameters}
+            parameters[-1:] = [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=getattr(options.__annotations__[name], "__forward_arg__", options.__annotations__[name]),
+                )
+                for name, default in _COMMON_DEFAULTS.items()
+                if name in options.__annotations__ and name not in known
+            ]
+    cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+
+
+_COMMON_DEFAULTS = {
+    "label_smoothing": 0.0,
+    "ignore_index": -100,
+    "reduction": "mean",
+    "class_weight": None,
+    "sub_centers": 1,
+    "interclass_filter": None,
+    "device": None,
+    "dtype": None,
+}
+
 # Of an option: a number, or None.
 _FILTER: tuple[str, ...] = ("a number", "None")
 
@@ -41,6 +75,7 @@ class SharedOptions(TypedDict, total=False):
     label_smoothing: float  # in [0, 1], default 0
     ignore_index: int  # rows with this label count for nothing, default -100
     reduction: Reduction  # "mean" (default), "sum" or "none"
+    class_weight: Tensor | None  # [C], CrossEntropyLoss's weight: a row counts as much as its class, default None
     interclass_filter: float | None  # other classes with a larger cosine have logit 0 (InsightFace), default None
     device: torch.device | str | None  # of the weights
     dtype: torch.dtype | None  # of the weights
@@ -105,6 +140,9 @@ class MarginLoss(nn.Module):
         normalize_input, normalize_weight: whether embeddings and weights become unit vectors.
         bias: whether there is a bias [C].
         label_smoothing, ignore_index, reduction: as in torch.nn.CrossEntropyLoss.
+        class_weight: as ``weight`` there, [C]: each row's loss is multiplied by the weight of its class, and "mean"
+            divides by the sum of the rows' weights. Finite, not negative; not in the state_dict, and not counted by
+            the statistics. There is no label_smoothing beside it.
         sub_centers: K, at most 255: weights are [C K, D], class j has the rows j K ... j K + K - 1, and its cosine is
             the largest of theirs.
         interclass_filter: other classes whose cosine is above it have logit 0 and no gradient, as InsightFace's
@@ -129,6 +167,7 @@ class MarginLoss(nn.Module):
     m2 = Number(check_radians)
     m3 = Number()
     label_smoothing = Number(check_finite)
+    class_weight = ClassWeight()
 
     # Numbers that are not in the state_dict: they do not make logits, or this loss has them fixed.
     _unsaved = frozenset({"label_smoothing"})
@@ -146,7 +185,7 @@ class MarginLoss(nn.Module):
     _roles = {"m1": "m1", "m2": "m2", "m3": "m3"}
     # A model that holds a loss can be scripted; the loss itself stays in Python.
     __jit_unused_properties__ = ["acc_dtype", "_holds_weights"]
-    __jit_ignored_attributes__ = ["scale", "m1", "m2", "m3"]
+    __jit_ignored_attributes__ = ["scale", "m1", "m2", "m3", "class_weight"]
 
     def __init__(
         self,
@@ -180,6 +219,7 @@ class MarginLoss(nn.Module):
         self._changed: dict[str, None] | None = None  # in order: every process has the same buffers in the same order
         self._moving: list[str] = []
         self._recalls: Tensor | None = None
+        self._non_persistent_buffers_set.add("class_weight")
         with self._checked_together():
             self.scale = scale
             self.m1 = m1
@@ -193,6 +233,7 @@ class MarginLoss(nn.Module):
             self.ignore_index = common.pop("ignore_index", -100)
             self.reduction = common.pop("reduction", "mean")
             self.interclass_filter = common.pop("interclass_filter", None)
+            self.class_weight = common.pop("class_weight", None)
         if common:
             raise TypeError(f"{type(self).__name__}: unexpected keyword argument {next(iter(common))!r}")
         self.weight = nn.Parameter(torch.empty(num_classes * sub_centers, in_features, device=device, dtype=dtype))
@@ -208,6 +249,55 @@ class MarginLoss(nn.Module):
         if self.bias is not None:
             nn.init.constant_(self.bias, self._first_bias())
         self.reset_state()
+
+    @torch.no_grad()
+    def resize_classes(self, num_classes: int, *, keep: Tensor | None = None) -> None:
+        """Other classes behind the same network, for fine-tuning: in place, with new parameters.
+
+        Class j of the new weights is class ``keep[j]`` of the old ones (int64 [k], k <= num_classes; default: as many
+        of the first as fit), with its sub-centers and its bias; classes k and up are drawn as
+        :meth:`reset_parameters` draws them. ``weight`` and a bias [C] are new parameters without a gradient, so an
+        optimizer is made, and DistributedDataParallel wraps the module, afterwards. Margin and state stay. A margin or
+        class_weight [C] is of the old classes: set it to a number, or None, before, and to a tensor again after.
+        """
+        self._check_holds_weights()
+        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+            raise ValueError(f"expected num_classes to be a positive int, but got {num_classes!r}")
+        of_classes = [name for name, number in self._numbers.items() if isinstance(number, Tensor)]
+        if of_classes:
+            none = "None" if of_classes[0] == "class_weight" else "one number"
+            raise RuntimeError(
+                f"{type(self).__name__}: {of_classes[0]} has a number for each of the {self.num_classes} old classes; "
+                f"set it to {none} before resize_classes, and to a tensor of the new ones after"
+            )
+        device = self.weight.device
+        if keep is None:
+            keep = torch.arange(min(num_classes, self.num_classes))
+        if not isinstance(keep, Tensor) or keep.dtype != torch.int64 or keep.dim() != 1 or len(keep) > num_classes:
+            what = f"{keep.dtype} of shape {list(keep.shape)}" if isinstance(keep, Tensor) else repr(keep)
+            raise ValueError(f"expected keep to be int64 of shape [k], k at most {num_classes}, but got {what}")
+        keep = keep.cpu()
+        if len(keep) and not (0 <= keep.min() and keep.max() < self.num_classes):
+            raise IndexError(f"expected keep to hold classes in [0, {self.num_classes}), but got {keep.tolist()}")
+        old_weight, old_bias = self.weight, self.bias
+        centers = (keep[:, None] * self.sub_centers + torch.arange(self.sub_centers)).flatten().to(device)
+        state = {name: buffer.clone() for name, buffer in self._buffers.items() if buffer is not None}
+        self.num_classes = num_classes
+        self.weight = nn.Parameter(
+            old_weight.new_empty(num_classes * self.sub_centers, self.in_features), old_weight.requires_grad
+        )
+        if old_bias is not None and old_bias.dim() == 1:
+            self.bias = nn.Parameter(old_bias.new_empty(num_classes), old_bias.requires_grad)
+        one_bias = old_bias if old_bias is not None and old_bias.dim() == 0 else None
+        before = None if one_bias is None else one_bias.clone()
+        self.reset_parameters()
+        for name, buffer in state.items():
+            self.number(name).copy_(buffer)
+        self.weight[: len(centers)] = old_weight[centers]
+        if before is not None and one_bias is not None:
+            one_bias.copy_(before)
+        elif old_bias is not None and self.bias is not None:
+            self.bias[: len(keep)] = old_bias[keep.to(device)]
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -263,6 +353,7 @@ class MarginLoss(nn.Module):
         if not self._fits(embeddings, labels):  # the op says what is wrong
             refused: Tensor = op(embeddings, self.weight, labels, self.bias, **self._margin(), **self._reduction())
             return refused
+        class_weight = self._buffers.get("class_weight")
         compute_dtype = self._compute_dtype(embeddings)
         embeddings = self._widened(embeddings)
         angle = self._target_angle(embeddings, labels) if self.reads_angle else None
@@ -274,6 +365,7 @@ class MarginLoss(nn.Module):
                 labels,
                 self.bias,
                 compute_dtype=compute_dtype,
+                class_weight=class_weight,
                 **self._margin(),
                 **self._reduction(),
                 **self._row_margins(embeddings, labels, angle),
@@ -302,6 +394,7 @@ class MarginLoss(nn.Module):
         parts += [f"reduction={self.reduction!r}"] if self.reduction != "mean" else []
         parts += ["bias=True"] if self.bias is not None else []
         parts += [f"sub_centers={self.sub_centers}"] if self.sub_centers != 1 else []
+        parts += [f"class_weight=[{self.num_classes}]"] if self.class_weight is not None else []
         parts += [f"interclass_filter={self.interclass_filter:g}"] if self.interclass_filter is not None else []
         return ", ".join(parts)
 
@@ -414,11 +507,25 @@ class MarginLoss(nn.Module):
         }
 
     def _reduced(self, penalty: Tensor, labels: Tensor) -> Tensor:
+        counts = self._row_weights(labels)
         valid = labels != self.ignore_index
         penalty = torch.where(valid, penalty, 0.0)
+        if counts is not None:
+            penalty = penalty * counts.to(penalty.dtype)
         if self.reduction == "none":
             return penalty
-        return penalty.sum() / valid.sum() if self.reduction == "mean" else penalty.sum()
+        whole = penalty.sum()
+        return (
+            whole / (valid if counts is None else counts).sum().to(whole.dtype) if self.reduction == "mean" else whole
+        )
+
+    def _row_weights(self, labels: Tensor) -> Tensor | None:
+        """The weight of each row's class, [B] float64, 0 of ignored rows; None: they count alike."""
+        class_weight = self._buffers.get("class_weight")
+        if class_weight is None:
+            return None
+        valid = labels != self.ignore_index
+        return torch.where(valid, class_weight[torch.where(valid, labels, 0)], 0.0)
 
     # ---- state that moves ----------------------------------------------------------------------------------------
 
@@ -522,6 +629,7 @@ class MarginLoss(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        _spell_signature(cls)
         members = {role: getattr(cls, role) for role in ("m1", "m2", "m3")}
         cls._roles = {role: member.of if isinstance(member, Alias) else role for role, member in members.items()}
         cls.__jit_ignored_attributes__ = [name for name in dir(cls) if isinstance(getattr(cls, name), Number)]
@@ -562,6 +670,11 @@ class MarginLoss(nn.Module):
         torch.ops.torchmargin.linear_margin_cross_entropy(
             nothing, nothing.new_empty(max(self.sub_centers, 1), 1), labels, **self._margin(), **self._reduction()
         )
+        if "class_weight" in self._numbers and self._numbers["label_smoothing"] != 0:
+            raise ValueError(
+                f"{type(self).__name__}: expected no label_smoothing with class_weight: cross_entropy weighs the "
+                f"smoothed classes one by one, which takes a weighted sum of all logits that the fused op does not make"
+            )
         if self.interclass_filter is not None:
             if not (self.normalize_input and self.normalize_weight):
                 raise ValueError(
@@ -570,9 +683,13 @@ class MarginLoss(nn.Module):
                 )
             check_finite("interclass_filter", self.interclass_filter)
 
-    def _set_number(self, number: Number[Any], value: float | Tensor) -> None:
+    def _set_number(self, number: Number[Any], value: float | Tensor | None) -> None:
         with self._checked_together():
-            self._numbers[number.name] = number.checked(self, value)
+            checked = number.checked(self, value)
+            if checked is None:
+                self._numbers.pop(number.name, None)
+            else:
+                self._numbers[number.name] = checked
             assert self._changed is not None  # inside _checked_together
             self._changed[number.name] = None
 
@@ -597,6 +714,9 @@ class MarginLoss(nn.Module):
         device = self.weight.device
         for name in names:
             if name in self._unsaved:
+                continue
+            if name not in self._numbers:
+                self._buffers.pop(name, None)
                 continue
             value = torch.as_tensor(self._numbers[name], dtype=torch.float64, device="cpu")
             buffer = self._buffers.get(name)
@@ -639,7 +759,8 @@ class MarginLoss(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Numbers are checked as they always are; where there are none the present ones stay."""
-        saved = {prefix + name: name for name in self._numbers if name not in self._unsaved}
+        unsaved = self._unsaved | self._non_persistent_buffers_set
+        saved = {prefix + name: name for name in self._numbers if name not in unsaved}
         others = {key: value for key, value in state_dict.items() if key not in saved}
         missing: list[str] = []
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
@@ -652,3 +773,6 @@ class MarginLoss(nn.Module):
                         setattr(self, name, value.item() if value.dim() == 0 else value)
         except (RuntimeError, TypeError, ValueError) as error:
             error_msgs.append(f"{prefix or type(self).__name__}: {error}")
+
+
+_spell_signature(MarginLoss)

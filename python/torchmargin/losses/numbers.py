@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Alias",
+    "ClassWeight",
     "Number",
     "check_finite",
     "check_not_negative",
@@ -99,7 +100,7 @@ class Number(Generic[Value]):
     def __set__(self, loss: MarginLoss, value: float | Tensor) -> None:
         loss._set_number(self, value)
 
-    def checked(self, loss: MarginLoss, value: object) -> float | Tensor:
+    def checked(self, loss: MarginLoss, value: object) -> float | Tensor | None:
         """The value as a float, or as a float64 tensor [C] of its own."""
         owner = type(loss).__name__
         if is_number(value):
@@ -123,6 +124,39 @@ class Number(Generic[Value]):
         if not values.is_meta:
             # The one farthest from 0, or one that is no number, is what a check would refuse.
             self.check(self.name, values[values.abs().nan_to_num(nan=math.inf).argmax()].item())
+        return values
+
+
+class ClassWeight(Number[Any]):
+    """A tensor [C], or None: then it is not among the loss's numbers. Its buffer is not saved."""
+
+    def _value(self, loss: MarginLoss) -> Any:
+        return loss._buffers.get(self.name)
+
+    def __set__(self, loss: MarginLoss, value: Any) -> None:
+        loss._set_number(self, value)
+
+    def checked(self, loss: MarginLoss, value: object) -> Tensor | None:
+        if value is None:
+            return None
+        wanted = f"{type(loss).__name__}: expected {self.name} to be"
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{wanted} a tensor of shape [{loss.num_classes}] or None, but got {value!r}")
+        if value.shape != (loss.num_classes,) or not value.is_floating_point():
+            raise TypeError(
+                f"{wanted} a floating-point tensor of shape [{loss.num_classes}], but got {value.dtype} of shape "
+                f"{list(value.shape)}"
+            )
+        if value.requires_grad:
+            raise TypeError(f"{wanted} without requires_grad, there is no gradient to it; detach it")
+        values = value.detach().to(torch.float64, copy=True)
+        if not values.is_meta:
+            bad = ~((values >= 0) & (values < math.inf))
+            if bad.any():
+                raise ValueError(
+                    f"expected {self.name} to be finite and not negative, but {self.name}[{int(bad.nonzero()[0])}] is "
+                    f"{values[bad][0].item()}"
+                )
         return values
 
 

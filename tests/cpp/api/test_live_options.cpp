@@ -98,6 +98,63 @@ TEST(ModulesOptions, NumbersAreCheckedAll) {
   });
 }
 
+// Of 21 classes, the first of which counts for nothing.
+torch::Tensor class_weights() {
+  return torch::linspace(0, 2, 21);
+}
+
+TEST(ModulesOptions, WeightsOfClassesAreThoseOfCrossEntropy) {
+  torch::manual_seed(4);
+  const Batch b;
+  b.labels[3] = -100;
+  const torch::Tensor counts =
+      torch::where(b.labels.eq(-100), torch::zeros({}), class_weights().index_select(0, b.labels.clamp(0)));
+  with_every_loss([&](auto loss) {
+    loss->eval(); // its state stays as it is
+    const auto value = [&](const std::string& reduction, const torch::Tensor& weights) {
+      loss->options.reduction(reduction).class_weight(weights);
+      return loss->forward(b.embeddings, b.labels).detach().to(torch::kDouble);
+    };
+    // Losses, products and sums are rounded to float32 once each.
+    const auto expect_near = [&](const torch::Tensor& found, const torch::Tensor& expected) {
+      EXPECT_TRUE(torch::allclose(found, expected, /*rtol=*/1e-6, /*atol=*/0)) << loss->name();
+    };
+    const torch::Tensor rows = counts.to(torch::kDouble) * value("none", {});
+    expect_near(value("none", class_weights()), rows);
+    expect_near(value("sum", class_weights()), rows.sum());
+    expect_near(value("mean", class_weights()), rows.sum() / counts.sum());
+    const auto [mean, statistics] = loss->forward_with_statistics(b.embeddings, b.labels);
+    expect_near(mean.detach().to(torch::kDouble), rows.sum() / counts.sum());
+    EXPECT_FALSE(torch::equal(value("mean", {}), value("mean", class_weights()))) << loss->name();
+  });
+}
+
+TEST(ModulesOptions, WeightsOfClassesAreChecked) {
+  const Batch b;
+  const auto with = [](const torch::Tensor& weights) { return nn::ArcFaceLossOptions(6, 21).class_weight(weights); };
+  EXPECT_ERROR("expected class_weight to have shape [21], but got [20]", nn::ArcFaceLoss(with(torch::ones({20}))));
+  EXPECT_ERROR(
+      "expected class_weight to hold floating-point numbers, but got Long",
+      nn::ArcFaceLoss(with(torch::ones({21}, torch::kLong))));
+  EXPECT_ERROR("expected class_weight not to require grad", nn::ArcFaceLoss(with(class_weights().requires_grad_())));
+  EXPECT_ERROR(
+      "expected no label_smoothing with class_weight", nn::ArcFaceLoss(with(class_weights()).label_smoothing(0.1)));
+  EXPECT_ERROR(
+      "expected class_weight to be finite and not negative, but got -2",
+      nn::ArcFaceLoss(with(-class_weights().flip(0))));
+  nn::ArcFaceLoss loss(with(class_weights()));
+  loss->forward(b.embeddings, b.labels);
+  loss->options.class_weight().data()[2] = kNaN;
+  loss->options.class_weight().add_(0); // what is changed in place is seen by its version
+  EXPECT_ERROR(
+      "expected class_weight to be finite and not negative, but got nan", loss->forward(b.embeddings, b.labels));
+  loss->options.class_weight(torch::ones({20}));
+  EXPECT_ERROR("expected class_weight to have shape [21]", loss->forward(b.embeddings, b.labels));
+  nn::SphereFace2Loss binary(nn::SphereFace2LossOptions(6, 21).class_weight(class_weights()));
+  binary->options.class_weight(torch::ones({20}));
+  EXPECT_ERROR("expected class_weight to have shape [21]", binary->forward(b.embeddings, b.labels));
+}
+
 TEST(ModulesOptions, SizesBelongToTheWeight) {
   const Batch b;
   for (const int which : {0, 1, 2}) {

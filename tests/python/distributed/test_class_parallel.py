@@ -145,6 +145,24 @@ def test_shards_of_classes_and_rows_are_one_process(cuts, margin):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_of_classes(reduction):
+    """The mean is over the weights of the rows of all ranks."""
+    data = problem()
+    weights = torch.linspace(0.0, 2.0, len(data["w"]))
+    options = {"scale": 16.0, "m2": 0.1, "reduction": reduction}
+    upstream = torch.linspace(-1, 2, 7, dtype=torch.float64) if reduction == "none" else None
+    expected = of_one(data, {**options, "class_weight": weights}, bias=True, upstream=upstream)
+    # No weight is above 2, and what weighs less than half of it on average divides by at least a quarter of the rows.
+    value, of_each = bounds(data, options, bias=True, upstream=upstream)
+    assert weights[data["y"].clamp(min=0)].mean() > 0.5
+    within = 8 * value, {name: 8 * bound for name, bound in of_each.items()}
+    for cuts in ("2", "3 one has all"):
+        world = len(CUTS[cuts]) - 1
+        given = {**options, "class_weight": weights}
+        assert_same(on(world, shared, data, CUTS[cuts], 2, BATCHES[world], given, (), True, upstream), expected, within)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("cuts", ["2", "3 one has all"])
 def test_margins_of_rows(cuts, reduction):
     """Their gradients come from the rank that holds the row's class."""

@@ -17,6 +17,7 @@ C, D = 13, 8
 BATCHES = {1: [7], 2: [5, 2], 3: [5, 0, 2], 4: [1, 3, 0, 3]}
 MERGED = 2  # test_class_parallel.py
 CLASS_MARGINS = torch.linspace(0.1, 0.4, C, dtype=torch.float64)
+CLASS_WEIGHTS = torch.linspace(0.0, 2.0, C)
 
 
 def _linear(name, **options):
@@ -32,6 +33,12 @@ LOSSES = {
     "SphereFace": _linear("SphereFaceLoss", reduction="sum"),
     "AdaFace": _linear("AdaFaceLoss", momentum=0.3, reduction="none"),
     "MagFace": _linear("MagFaceLoss", a_max=40.0),
+    "MagFace weighted": lambda classes, **common: torchmargin.MagFaceLoss(
+        D, classes, a_max=40.0, class_weight=CLASS_WEIGHTS[:classes], **common
+    ),
+    "CosFace weighted": lambda classes, **common: torchmargin.CosFaceLoss(
+        D, classes, reduction="sum", class_weight=CLASS_WEIGHTS[:classes], **common
+    ),
     "own": lambda classes, **common: Own(D, classes, scale=16.0, **common),
 }
 
@@ -114,11 +121,14 @@ def rounding(name, x, y, classes=C):
     lengths = {"normalize_input": loss.normalize_input, "normalize_weight": loss.normalize_weight}
     r = LinearRounding(x, loss.weight, y, loss.bias, scale=loss.scale, **psi, **lengths)
     valid = (y != -100).double()
-    rows = valid / valid.sum() if loss.reduction == "mean" else valid
-    divisor = {"mean": valid.sum(), "sum": 1.0, "none": None}[loss.reduction]
+    counts = valid if loss.class_weight is None else loss._row_weights(y)
+    rows = counts / counts.sum() if loss.reduction == "mean" else counts
+    # A sum of weighted rows is at most the largest weight times the sum of all.
+    divisor = {"mean": counts.sum(), "sum": 1.0, "none": None}[loss.reduction]
+    divisor = divisor if divisor is None else divisor / counts.max()
     x_bound, w_bound, b_bound = r.loss_gradients(rows, loss.label_smoothing)
-    margins = r.sample_gradients(rows)[:, None] if name in ("MagFace", "own") else 0.0
-    penalty = 64 * torch.finfo(x.dtype).eps * x.norm(dim=1).max() if name in ("MagFace", "own") else 0.0
+    margins = r.sample_gradients(rows)[:, None] if name in ("MagFace", "MagFace weighted", "own") else 0.0
+    penalty = 64 * torch.finfo(x.dtype).eps * x.norm(dim=1).max() if name in ("MagFace", "MagFace weighted", "own") else 0.0
     return [
         MERGED * each for each in (r.loss(loss.label_smoothing, divisor) + penalty, x_bound + margins + penalty)
     ] + [[MERGED * w_bound, MERGED * b_bound]]

@@ -56,6 +56,7 @@ LOSSES = {
     "InterTopK without its margin": (torchmargin.InterTopKArcFaceLoss, {"hardest_margin": 0.0, "sub_centers": 1}),
     "filter": (torchmargin.ArcFaceLoss, {"interclass_filter": 0.2}),
     "SphereFace2": (torchmargin.SphereFace2Loss, {}),
+    "SphereFace2 weighted": (torchmargin.SphereFace2Loss, {"class_weight": torch.linspace(0.0, 2.0, C)}),
     "SphereFace2 a": (torchmargin.SphereFace2Loss, {"kind": "a", "sub_centers": 2, "reduction": "sum"}),
     "UniFace": (torchmargin.UniFaceLoss, {"reduction": "none"}),
     "own": (Own, {"scale": 16.0, "m2": 0.2}),
