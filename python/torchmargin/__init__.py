@@ -6,7 +6,7 @@ modules here; :mod:`torchmargin.reference` is their readable specification.
 
 from typing import TYPE_CHECKING, Any
 
-from torchmargin import compat, config, functional, losses, options, reference, utils
+from torchmargin import compat, config, exporting, functional, losses, options, reference, utils
 from torchmargin._extension import _C
 from torchmargin.config import get_workspace_limit, plan, set_workspace_limit, workspace_limit
 from torchmargin.losses import (
@@ -56,6 +56,7 @@ __all__ = [
     "__version__",
     "compat",
     "config",
+    "exporting",
     "functional",
     "get_workspace_limit",
     "losses",
