@@ -514,10 +514,9 @@ class MarginLoss(nn.Module):
             penalty = penalty * counts.to(penalty.dtype)
         if self.reduction == "none":
             return penalty
-        whole = penalty.sum()
-        return (
-            whole / (valid if counts is None else counts).sum().to(whole.dtype) if self.reduction == "mean" else whole
-        )
+        if self.reduction == "mean":
+            return penalty.sum() / (valid if counts is None else counts.to(penalty.dtype)).sum()
+        return penalty.sum()
 
     def _row_weights(self, labels: Tensor) -> Tensor | None:
         """The weight of each row's class, [B] float64, 0 of ignored rows; None: they count alike."""
