@@ -88,7 +88,7 @@ def cuda_compiler() -> str:
 
 
 def version() -> str:
-    """The header's, and of wheels what the binaries are for: 0.1.0+pt211cu130."""
+    """The header's, and of wheels what the binaries are for: 0.2.0+pt211cu130."""
     header = (ROOT / "csrc/include/torchmargin/version.h").read_text()
     public = re.search(r'TORCHMARGIN_VERSION "([^"]+)"', header).group(1)
     if torch_folder() is None or MAKES_SDIST or IN_SDIST:

@@ -53,7 +53,7 @@ def test_another_library_can_be_named(tmp_path):
 
 def test_another_torch_gives_one_sentence(tmp_path):
     shutil.copy(LIBRARY, tmp_path)
-    (tmp_path / "libtorchmargin.json").write_text(json.dumps({"version": "0.1.0", "torch": "1.13.0"}))
+    (tmp_path / "libtorchmargin.json").write_text(json.dumps({"version": "0.2.0", "torch": "1.13.0"}))
     ran = _import_with(TORCHMARGIN_LIBRARY=str(tmp_path / "libtorchmargin.so"))
     last = ran.stderr.strip().splitlines()[-1]
     assert last == (
@@ -65,7 +65,7 @@ def test_another_torch_gives_one_sentence(tmp_path):
 @pytest.mark.parametrize("kernels", ["1.2", None])
 def test_another_cuda_gives_one_sentence(tmp_path, kernels):
     shutil.copy(LIBRARY, tmp_path)
-    facts = {"version": "0.1.0", "torch": torch.__version__, "cuda": kernels or ""}
+    facts = {"version": "0.2.0", "torch": torch.__version__, "cuda": kernels or ""}
     (tmp_path / "libtorchmargin.json").write_text(json.dumps(facts))
     ran = _import_with(TORCHMARGIN_LIBRARY=str(tmp_path / "libtorchmargin.so"))
     if kernels is None:  # a library for the CPU works beside any build of its torch
