@@ -22,7 +22,7 @@ ifeq ($(filter $(TORCH),$(TORCHES)),)
   $(error there is no requirements/torch-$(TORCH).txt; TORCH may be one of: $(TORCHES))
 endif
 
-.PHONY: all help setup install test test-cpp test-python test-asan test-asan-cpp test-tsan mutants demo face bench lint format clean
+.PHONY: all help setup install test test-cpp test-python test-asan test-asan-cpp test-tsan mutants demo face bench docs lint format clean
 all: install
 
 help: ## this list
@@ -94,6 +94,17 @@ face: install ## the face recipe on drawn people: out/face/index.html (QUICK=1: 
 
 bench: install ## times against eager and torch.compile
 	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
+
+$(VENV)/.docs: requirements/docs.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements/docs.txt
+	@touch $@
+
+# Warnings are errors, of doxygen and of Sphinx.
+docs: install $(VENV)/.docs ## the documentation site, out/docs/index.html (wants doxygen)
+	@command -v doxygen > /dev/null || { echo "make docs: there is no doxygen, which reads the C++ headers (Debian: apt install doxygen)" >&2; exit 1; }
+	@mkdir -p out/cpp
+	doxygen docs/Doxyfile
+	$(BIN)/python -m sphinx -W --keep-going --fresh-env --quiet -d out/docs-trees -b html docs out/docs
 
 # In their own versions, whatever the machine has: what is well formatted differs between them.
 $(VENV)/.lint: requirements/lint.txt $(VENV)/.installed

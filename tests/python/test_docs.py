@@ -1,11 +1,16 @@
-"""The Python blocks of README.md and docs/*.md run as they stand, with small stand-ins for what the reader has.
+"""The blocks of README.md and docs: Python runs as it stands, with small stand-ins for what the reader has; C++ and
+CMake are one program, shell is parsed; links and paths lead somewhere.
 
 A line `name = ...` stands for the reader's own: it is left out, and STAND_INS has the name.
 """
 
 import ast
 import gc
+import os
 import re
+import shutil
+import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,20 +22,30 @@ import torchmargin
 from rounding import LinearRounding, assert_within
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "recipes").rglob("README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 NOT_RUN = {
     "fully_shard(part)": "wants ranks: test_distributed.py does the same with two",
     "10_000_000": "20 GB of weights",
 }
 
 
+def _fenced(language):
+    """Of every page: path, line and text of the blocks in this language."""
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            yield path, text.count("\n", 0, match.start()) + 2, match[1]
+
+
 def _blocks():
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for match in re.finditer(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-            line = path.read_text(encoding="utf-8").count("\n", 0, match.start()) + 2
-            name = f"{path.relative_to(ROOT)}:{line}"
-            reasons = [reason for text, reason in NOT_RUN.items() if text in match[1]]
-            marks = [pytest.mark.skip(reason=reason) for reason in reasons]
-            yield pytest.param(path, line, match[1], id=name, marks=marks)
+    for path, line, code in _fenced("python"):
+        marks = [pytest.mark.skip(reason=reason) for text, reason in NOT_RUN.items() if text in code]
+        yield pytest.param(path, line, code, id=f"{path.relative_to(ROOT)}:{line}", marks=marks)
 
 
 def _images(classes, each=2):
@@ -110,7 +125,36 @@ def _distributed(folder):
     }
 
 
+def _choosing(folder):
+    return {**_losses(folder), "num_classes": 10}
+
+
+def _training(folder):
+    """What the page's first block makes, and what later ones go on with."""
+    network = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 16))
+    loss = torchmargin.ArcFaceLoss(16, 8, scale=16.0)
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network, self.loss = network, loss
+
+        def forward(self, images):
+            return self.loss.logits(self.network(images))
+
+    return {
+        "network": network,
+        "loss": loss,
+        "images": torch.randn(12, 20),
+        "labels": torch.randint(0, 8, (12,)),
+        "optimizer": torch.optim.SGD([*network.parameters(), *loss.parameters()], lr=0.1),
+        "classifier": Classifier().eval(),
+    }
+
+
 STAND_INS = {
+    "docs/choosing.md": _choosing,
+    "docs/training.md": _training,
     "docs/distributed.md": _distributed,
     "README.md": _readme,
     "docs/losses.md": _losses,
@@ -139,8 +183,11 @@ def _run(path, line, code, folder):
 @pytest.mark.parametrize(("path", "line", "code"), list(_blocks()))
 def test_a_block_runs_as_it_stands(path, line, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "torch.onnx" in code:
+        pytest.importorskip("onnxscript")
     try:
-        _run(path, line, code, tmp_path)
+        with warnings.catch_warnings():  # a block may change the filters
+            _run(path, line, code, tmp_path)
     finally:
         if torch.distributed.is_initialized():
             gc.collect()  # what holds a process group has to go before it
@@ -162,3 +209,117 @@ def test_the_loss_of_your_own_leaves_ignored_rows_out(tmp_path):
     plain = torchmargin.MarginLoss(512, 3, scale=64.0, extension="monotonic").double()
     plain.load_state_dict(loss.state_dict(), strict=False)
     assert loss(embeddings, labels) > plain(embeddings, labels)  # there is a margin
+
+
+# ---- C++, CMake, shell ----------------------------------------------------------------------------------------------
+
+# What the fragments' reader has. A block with a main() of its own is a whole program.
+CPP_STAND_INS = """
+#include <torch/torch.h>
+#include <torchmargin/torchmargin.h>
+#include <iostream>
+[[maybe_unused]] const at::Tensor embeddings = torch::randn({4, 512}), labels = torch::arange(4);
+[[maybe_unused]] const at::Tensor shard = torch::randn({10, 512});
+[[maybe_unused]] const int64_t first_class = 0, num_classes = 10, ranks = 1;
+[[maybe_unused]] const std::string group_name = "0";
+[[maybe_unused]] torchmargin::nn::ArcFaceLoss loss(512, 10);
+"""
+
+
+def _as_functions(blocks):
+    """Every block as a function in a namespace of its own, with the includes of all in front."""
+    includes, functions = [CPP_STAND_INS], []
+    for path, line, code in blocks:
+        includes += re.findall(r"^#include .*$", code, re.MULTILINE)
+        body = re.sub(r"^#include .*$", "", code, flags=re.MULTILINE)
+        whole = re.search(r"^int main\(\) \{$", body, re.MULTILINE)
+        body = body.replace("int main() {", "void run() {") if whole else f"void run() {{\n{body}\n}}"
+        name = re.sub(r"\W", "_", str(path.relative_to(ROOT)))
+        functions.append(f'namespace {name}_{line} {{\n#line {line} "{path}"\n{body}\n}}')
+    return "\n".join([*includes, *functions])
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="there is no cmake")
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="programs would want sanitizers too")
+def test_the_cpp_blocks_are_a_program_and_the_first_page_trains(tmp_path):
+    """All compile, built by docs/start.md's CMake file and its commands; the program of docs/start.md runs."""
+    (start,) = (line for path, line, _ in _fenced("cpp") if path.name == "start.md")
+    program = _as_functions(list(_fenced("cpp")))
+    (tmp_path / "app.cpp").write_text(
+        f"{program}\nint main() {{ torch::manual_seed(0); docs_start_md_{start}::run(); }}\n"
+    )
+    (cmake,) = (code for path, _, code in _fenced("cmake") if path.name == "start.md")
+    (tmp_path / "CMakeLists.txt").write_text(cmake)
+    (commands,) = (code for path, _, code in _fenced("bash") if path.name == "start.md")
+    ran = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
+    right = int(re.findall(r"^(\d+)$", ran.stdout, re.MULTILINE)[-1])  # a 0-dim tensor is printed on a line of its own
+    assert right > 32, ran.stdout
+
+
+@pytest.mark.parametrize("language", ["bash", "sh", "shell", "console"])
+def test_shell_blocks_can_be_parsed(language):
+    for path, line, code in _fenced(language):
+        ran = subprocess.run(["bash", "-n"], input=code, capture_output=True, text=True)
+        assert ran.returncode == 0, f"{path}:{line}: {ran.stderr}"
+
+
+def test_every_block_is_in_a_language_that_is_tested():
+    known = {"python", "cpp", "cmake", "bash", "bibtex", "{toctree}", "{eval-rst}", "{doxygennamespace}", ""}
+    for path in PAGES:
+        fences = re.findall(r"^```(\S*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(fences) <= known, path
+
+
+def test_targets_of_make_are_there():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        named = re.findall(r"(?:`|^    )make ([a-z][a-z-]*)", text, re.MULTILINE)
+        assert set(named) <= targets, f"{path}: {set(named) - targets}"
+
+
+def test_paths_in_code_are_in_the_tree():
+    """`scripts/x.sh`, `examples/...`: what pages name by its whole path."""
+    inside = r"`[^`\n]*`|^    .*$"
+    name = re.compile(r"(?<![\w/.-])(?:examples|scripts|benchmarks|tests|csrc|cuda|cmake|requirements)/[\w./-]*\w")
+    for path in PAGES:
+        for code in re.findall(inside, path.read_text(encoding="utf-8"), re.MULTILINE):
+            for found in name.findall(code):
+                globbed = "X.Y" in found or re.search(re.escape(found) + r"\S*[*{<]", code)
+                assert globbed or (ROOT / found).exists() or found.startswith("tests/cpp/torchmargin_"), (
+                    f"{path}: {found}"
+                )
+
+
+# ---- links ----------------------------------------------------------------------------------------------------------
+
+
+def _anchor(heading):
+    """GitHub's and MyST's name of a heading."""
+    return re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if "_generated" in target.parts:
+            assert target.name in (ROOT / "docs/conf.py").read_text(encoding="utf-8"), link
+            continue
+        assert target.exists(), f"{path}: {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(_anchor, headings), f"{path}: {link}"
+
+
+def test_every_page_is_in_the_site():
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    listed = {line for block in re.findall(r"^```{toctree}\n(.*?)^```", index, re.M | re.S) for line in block.split()}
+    pages = {str(path.relative_to(ROOT / "docs").with_suffix("")) for path in (ROOT / "docs").rglob("*.md")}
+    assert pages - {"index"} <= listed
