@@ -21,6 +21,7 @@
 
 #include "common/arguments.h"
 #include "common/csv.h"
+#include "common/gallery.h"
 #include "common/image.h"
 
 namespace {
@@ -178,13 +179,23 @@ void identify(const Arguments& arguments) {
   }
   const int64_t count = std::min(static_cast<int64_t>(top), matrix.size(0));
   for (size_t i = 2; i < arguments.words.size(); ++i) {
-    for (const Named& probe : read_embeddings(network, arguments.words[i])) {
+    const std::vector<Named> probes = read_embeddings(network, arguments.words[i]);
+    std::vector<torch::Tensor> of_probes;
+    for (const Named& probe : probes) {
       check_same_size(probe, gallery.front());
-      const auto [cosines, places] = matrix.mv(probe.embedding).topk(count);
+      of_probes.push_back(probe.embedding);
+    }
+    if (probes.empty()) {
+      continue;
+    }
+    const auto [cosines, places] = search_gallery(torch::stack(of_probes), matrix, count);
+    for (size_t p = 0; p < probes.size(); ++p) {
       for (int64_t rank = 0; rank < count; ++rank) {
+        const auto row = static_cast<int64_t>(p);
         std::printf(
-            "%s\t%ld\t%s\tcosine %.4f\n", probe.name.c_str(), rank + 1,
-            gallery[static_cast<size_t>(places[rank].item<int64_t>())].name.c_str(), cosines[rank].item<double>());
+            "%s\t%ld\t%s\tcosine %.4f\n", probes[p].name.c_str(), rank + 1,
+            gallery[static_cast<size_t>(places[row][rank].item<int64_t>())].name.c_str(),
+            cosines[row][rank].item<double>());
       }
     }
   }

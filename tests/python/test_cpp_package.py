@@ -69,6 +69,23 @@ def test_the_program_of_the_documentation_runs(tmp_path):
     assert len(losses) == 5 and losses[-1] < losses[0] and (tmp_path / "loss.pt").exists()
 
 
+@pytest.mark.parametrize(("probes", "entries", "k"), [(5, 30, 3), (1, 9000, 4), (4100, 9, 9), (4100, 4097, 2)])
+def test_the_examples_search_of_a_gallery_is_pythons(consumer, tmp_path, probes, entries, k):
+    """In one block, and in several of probes and of entries."""
+    from torchmargin.evaluation import top_k
+
+    rows = [torch.nn.functional.normalize(torch.randn(count, 8)) for count in (probes, entries)]
+    torch.save({"probes": rows[0], "gallery": rows[1]}, tmp_path / "inputs.pt")
+    status, text = _run(consumer / "search_gallery", tmp_path / "inputs.pt", k)
+    assert status == 0, text
+    found = torch.tensor([[int(word) for word in line.split()] for line in text.splitlines()[1:]])
+    cosines = rows[0].double() @ rows[1].double().T
+    # Entries whose cosines differ by less than a product of 8 terms rounds may change places.
+    best = top_k(rows[0].double(), rows[1].double(), k)[0]
+    assert found.shape == (probes, k) and (cosines.gather(1, found) - best).abs().max() < 2 * 12 * 2.0**-24
+    assert all(len(set(row)) == k for row in found.tolist())
+
+
 def test_the_examples_verification_is_pythons(consumer, tmp_path):
     from torchmargin.evaluation import pairs, verification
 

@@ -21,7 +21,7 @@ class Identification(NamedTuple):
     unmated: int  # probes whose class is not
 
 
-def _check_sides(probes: Tensor, gallery: Tensor) -> None:
+def check_sides(probes: Tensor, gallery: Tensor) -> None:
     check_embeddings("probes", probes)
     check_embeddings("gallery", gallery)
     if probes.shape[1] != gallery.shape[1]:
@@ -44,12 +44,16 @@ def top_k(probes: Tensor, gallery: Tensor, k: int, *, block: int = 4096) -> tupl
     Returns cosines and gallery indices, [P, k] each, best first. No more than `block` x `block`
     similarities are held at a time. float64 if either is float64, else float32.
     """
-    _check_sides(probes, gallery)
+    check_sides(probes, gallery)
     k = check_count("k", k, len(gallery), "gallery")
     block = check_count("block", block)
     faces, entries = unit("probes", probes), unit("gallery", gallery)
     dtype = torch.promote_types(faces.dtype, entries.dtype)
-    faces, entries = faces.to(dtype), entries.to(dtype)
+    return top_k_of_units(faces.to(dtype), entries.to(dtype), k, block)
+
+
+def top_k_of_units(faces: Tensor, entries: Tensor, k: int, block: int) -> tuple[Tensor, Tensor]:
+    """The same of rows of unit length, all in one dtype."""
     cosines, indices = [], []
     for part in faces.split(block):
         best = part.new_empty(len(part), 0)
@@ -85,7 +89,7 @@ def identify(
     probes (by their best cosine), and tpir is the share of the mated probes whose best entry is of their class
     and above it.
     """
-    _check_sides(probes, gallery)
+    check_sides(probes, gallery)
     probe_labels = check_labels("probe_labels", probe_labels, len(probes)).to(probes.device)
     gallery_labels = check_labels("gallery_labels", gallery_labels, len(gallery)).to(probes.device)
     rates = check_rates("fpir", fpir)

@@ -60,7 +60,7 @@ def read_lfw_pairs(path: str | Path, *, suffix: str = ".jpg") -> list[Pair]:
         return f"{name}/{name}_{int(number):04d}{suffix}"
 
     pairs = []
-    for number, line, fields in _lines(path):
+    for number, line, fields in lines_of(path):
         if number == 1 and len(fields) <= 2 and all(field.isdigit() for field in fields):
             continue
         try:
@@ -89,7 +89,7 @@ def read_pairs(path: str | Path, *, label_first: bool = False) -> list[Pair]:
     are separated by blanks, or by tabs alone in a line that has tabs.
     """
     pairs = []
-    for number, line, fields in _lines(path):
+    for number, line, fields in lines_of(path):
         label = _LABELS.get((fields[0] if label_first else fields[-1]).lower())
         if len(fields) != 3 or label is None:
             order = "label first second" if label_first else "first second label"
@@ -101,7 +101,7 @@ def read_pairs(path: str | Path, *, label_first: bool = False) -> list[Pair]:
     return pairs
 
 
-def _lines(path: str | Path) -> Iterator[tuple[int, str, list[str]]]:
+def lines_of(path: str | Path) -> Iterator[tuple[int, str, list[str]]]:
     """(line number, line, fields) of every line that is not empty. Names may have blanks in a line with tabs."""
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         line = line.strip()

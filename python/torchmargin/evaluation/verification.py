@@ -50,7 +50,7 @@ def _numbers(name: str, values: Tensor | np.ndarray) -> np.ndarray:
     return numbers
 
 
-def _check(scores: Tensor | np.ndarray, same: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def check_scores(scores: Tensor | np.ndarray, same: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both as vectors [P]: float64 scores, bool same."""
     scores, labels = _numbers("scores", scores), _numbers("same", same)
     if len(scores) != len(labels):
@@ -80,10 +80,10 @@ def roc(scores: Tensor | np.ndarray, same: Tensor | np.ndarray) -> Roc:
 
     `same` is bool, or 1 for one class and 0, or else -1, for two: so everywhere here.
     """
-    return _curve(*_check(scores, same))
+    return roc_curve_of(*check_scores(scores, same))
 
 
-def _curve(scores: np.ndarray, same: np.ndarray) -> Roc:
+def roc_curve_of(scores: np.ndarray, same: np.ndarray) -> Roc:
     from sklearn.metrics import roc_curve
 
     return Roc(*roc_curve(same, scores, drop_intermediate=False))
@@ -99,8 +99,8 @@ def verify(
     from sklearn.metrics import auc
 
     rates = check_rates("far", far)
-    scores, same = _check(scores, same)
-    curve = _curve(scores, same)
+    scores, same = check_scores(scores, same)
+    curve = roc_curve_of(scores, same)
     refused = 1 - curve.true_accept_rate
     # false accepts - false refusals rises along the curve, from -1 to 1.
     eer = np.interp(0.0, curve.false_accept_rate - refused, curve.false_accept_rate)
@@ -131,7 +131,7 @@ def tar_nearest(
     from sklearn.metrics import roc_curve
 
     rates = check_rates("far", far)
-    scores, same = _check(scores, same)
+    scores, same = check_scores(scores, same)
     accepted_wrongly, accepted, _ = roc_curve(same, scores)
     backwards, found = accepted_wrongly[::-1], accepted[::-1]
     return {rate: float(found[np.argmin(np.abs(backwards - rate))]) for rate in rates}
@@ -178,7 +178,7 @@ def kfold_accuracy(
 
     if thresholds not in ("exact", "insightface"):
         raise ValueError(f'expected thresholds to be "exact" or "insightface", but got {thresholds!r}')
-    scores, same = _check(scores, same)
+    scores, same = check_scores(scores, same)
     folds = check_count("folds", folds, len(scores), "list of pairs", smallest=2)
     on_grid = thresholds == "insightface"
     if on_grid and np.abs(scores).max() > 1 + 1e-5:

@@ -127,8 +127,9 @@ def rounding(name, x, y, classes=C):
     divisor = {"mean": counts.sum(), "sum": 1.0, "none": None}[loss.reduction]
     divisor = divisor if divisor is None else divisor / counts.max()
     x_bound, w_bound, b_bound = r.loss_gradients(rows, loss.label_smoothing)
-    margins = r.sample_gradients(rows)[:, None] if name in ("MagFace", "MagFace weighted", "own") else 0.0
-    penalty = 64 * torch.finfo(x.dtype).eps * x.norm(dim=1).max() if name in ("MagFace", "MagFace weighted", "own") else 0.0
+    penalised = name in ("MagFace", "MagFace weighted", "own")
+    margins = r.sample_gradients(rows)[:, None] if penalised else 0.0
+    penalty = 64 * torch.finfo(x.dtype).eps * x.norm(dim=1).max() if penalised else 0.0
     return [
         MERGED * each for each in (r.loss(loss.label_smoothing, divisor) + penalty, x_bound + margins + penalty)
     ] + [[MERGED * w_bound, MERGED * b_bound]]

@@ -1,0 +1,219 @@
+"""minDCF, AS-norm and enrolment lists of torchmargin.evaluation, beside scikit-learn and plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import det_curve
+
+from torchmargin import evaluation
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def _trials(pairs=300, ties=False):
+    same = torch.rand(pairs) < 0.3
+    scores = torch.randn(pairs, dtype=torch.float64) + 1.5 * same
+    return (scores * 2).round() / 2 if ties else scores, same
+
+
+def _brute_force(scores, same, p_target, c_miss, c_fa):
+    """Every score, and one above all, as a threshold."""
+    best = math.inf, None
+    for threshold in [math.inf, *sorted(set(scores.tolist()), reverse=True)]:
+        accepted = scores >= threshold
+        p_miss = (same & ~accepted).sum().item() / same.sum().item()
+        p_fa = (~same & accepted).sum().item() / (~same).sum().item()
+        cost = (c_miss * p_miss * p_target + c_fa * p_fa * (1 - p_target)) / min(
+            c_miss * p_target, c_fa * (1 - p_target)
+        )
+        if cost < best[0] - 16 * EPS:
+            best = cost, threshold
+    return best
+
+
+PARAMETERS = [
+    (0.01, 1.0, 1.0),
+    (0.05, 1.0, 1.0),
+    (0.01, 10.0, 1.0),
+    (0.001, 1.0, 1.0),
+    (0.5, 1.0, 1.0),
+    (0.9, 1.0, 3.0),
+]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("parameters", PARAMETERS)
+def test_min_dcf_is_the_least_of_all_thresholds(parameters, ties):
+    p_target, c_miss, c_fa = parameters
+    scores, same = _trials(ties=ties)
+    found = evaluation.min_dcf(scores, same, p_target=p_target, c_miss=c_miss, c_fa=c_fa)
+    cost, threshold = _brute_force(scores, same, *parameters)
+    # Two rates, three products, a sum and a quotient.
+    assert found.cost == pytest.approx(cost, abs=16 * EPS * (1 + cost)) and found.threshold == threshold
+    # scikit-learn's error trade-off has no "accept none".
+    false_alarms, misses, _ = det_curve(same, scores)
+    costs = c_miss * p_target * misses + c_fa * (1 - p_target) * false_alarms
+    least = min(c_miss * p_target, c_fa * (1 - p_target))
+    assert found.cost == pytest.approx(min(1.0, costs.min() / least), abs=16 * EPS)
+
+
+def test_min_dcf_by_hand():
+    """Of 2 targets and 4 others; at 0.7 one target is missed: 0.01 * 0.5 / 0.01; at 0.5 one of four is accepted."""
+    scores, same = torch.tensor([0.9, 0.5, 0.6, 0.3, 0.2, 0.1]), torch.tensor([1, 1, 0, 0, 0, 0])
+    assert evaluation.min_dcf(scores, same) == (0.5, pytest.approx(0.9))
+    cost, threshold = evaluation.min_dcf(scores, same, p_target=0.5)
+    assert cost == pytest.approx(0.25) and threshold == pytest.approx(0.5)
+
+
+def test_min_dcf_at_its_ends():
+    same = torch.tensor([1, 1, 0, 0])
+    assert evaluation.min_dcf(torch.tensor([4.0, 3.0, 2.0, 1.0]), same) == (0.0, 3.0)
+    assert evaluation.min_dcf(torch.tensor([1.0, 1.0, 1.0, 1.0]), same) == (1.0, math.inf)
+    assert evaluation.min_dcf(torch.tensor([1.0, 2.0, 3.0, 4.0]), same) == (1.0, math.inf)
+    assert evaluation.min_dcf(np.array([1, 2, 3, 4]), np.array([-1, -1, 1, 1])).cost == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"p_target": 0.0}, r"p_target in \(0, 1\), but got 0.0"),
+        ({"p_target": 1}, r"p_target in \(0, 1\), but got 1"),
+        ({"p_target": math.nan}, r"p_target in \(0, 1\), but got nan"),
+        ({"p_target": "0.01"}, r"p_target in \(0, 1\), but got '0.01'"),
+        ({"c_miss": 0.0}, "c_miss to be finite and positive, but got 0.0"),
+        ({"c_fa": math.inf}, "c_fa to be finite and positive, but got inf"),
+        ({"c_fa": True}, "c_fa to be finite and positive, but got True"),
+    ],
+)
+def test_min_dcf_refuses_costs_that_are_none(options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.min_dcf(*_trials(), **options)
+
+
+def test_min_dcf_has_verifys_gate():
+    scores, same = _trials()
+    with pytest.raises(ValueError, match="expected scores to be finite"):
+        evaluation.min_dcf(scores / 0, same)
+    with pytest.raises(ValueError, match="pairs of one class and of two"):
+        evaluation.min_dcf(scores[same], same[same])
+
+
+# ---- AS-norm --------------------------------------------------------------------------------------------------------
+
+
+def _speech(rows=40, cohort=60, features=16, dtype=torch.float64):
+    embeddings, others = (torch.randn(count, features, dtype=torch.float64).to(dtype) for count in (rows, cohort))
+    first, second = torch.randint(0, rows, (2, 50))
+    return 3 * embeddings, first, second, 0.5 * others
+
+
+def _as_norm(embeddings, first, second, cohort, top):
+    """A pair at a time, in numpy."""
+    unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
+    rows, others = unit(embeddings.double().numpy()), unit(cohort.double().numpy())
+    found = []
+    for a, b in zip(first.tolist(), second.tolist()):
+        score, halves = rows[a] @ rows[b], []
+        for side in (a, b):
+            nearest = np.sort(others @ rows[side])[::-1][:top]
+            halves.append((score - nearest.mean()) / nearest.std())
+        found.append(sum(halves) / 2)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("block", [7, 4096])
+@pytest.mark.parametrize("top", [2, 20, 60, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_as_norm_is_that_of_a_loop(dtype, top, block):
+    given = _speech(dtype=dtype)
+    found = evaluation.as_norm(*given, top=top, block=block)
+    expected = _as_norm(*given, top or 60)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # Cosines of 16 features are good to some 24 u; a mean moves by as much, a deviation too, and it divides both.
+    u = torch.finfo(found.dtype).eps / 2
+    unit = torch.nn.functional.normalize
+    cosines = unit(given[0].double()) @ unit(given[3].double()).T
+    deviation = cosines.topk(top or 60).values.std(1, correction=0).min()
+    assert (found - expected).abs().max() < 4 * 24 * u * (1 + expected.abs().max()) / deviation
+
+
+def test_shifts_and_gains_of_a_channel_drop_out():
+    """What the normalisation is for: two enrolments whose scores differ by their scale compare after it."""
+    embeddings, first, second, cohort = _speech()
+    plain = evaluation.as_norm(embeddings, first, second, cohort, top=10)
+    swapped = evaluation.as_norm(embeddings, second, first, cohort, top=10)
+    longer = evaluation.as_norm(7 * embeddings, first, second, 0.1 * cohort, top=10)
+    torch.testing.assert_close(plain, swapped, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(plain, longer, rtol=1e-10, atol=1e-10)
+
+
+def test_no_pairs_have_no_scores():
+    embeddings, first, second, cohort = _speech()
+    assert evaluation.as_norm(embeddings, first[:0], second[:0], cohort, top=10).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cohort": torch.randn(60, 8)}, "cohort to have 16 features on cpu, as embeddings, but got 8 on cpu"),
+        ({"cohort": torch.randn(16)}, "cohort to be a floating-point tensor of shape"),
+        ({"cohort": torch.full((60, 16), math.nan)}, "cohort to be finite"),
+        ({"cohort": torch.ones(60, 16)}, "cohort cosines that differ, but those of row 0 of embeddings are all alike"),
+        ({"top": 61}, "top to be a whole number between 1 and the size of the cohort, 60, but got 61"),
+        ({"top": 0}, "top to be a whole number between 1 and the size of the cohort, 60, but got 0"),
+        ({"top": 1}, "at least 2 cohort embeddings for a standard deviation, but got 1"),
+        ({"cohort": torch.randn(1, 16), "top": None}, "at least 2 cohort embeddings for a standard deviation"),
+        ({"block": 0}, "block to be a whole number of at least 1"),
+        ({"first": torch.tensor([40])}, "first to hold indices of the 40 rows"),
+        ({"embeddings": torch.zeros(3)}, "embeddings to be a floating-point tensor of shape"),
+    ],
+)
+def test_as_norm_refuses_bad_arguments(change, message):
+    embeddings, _, _, cohort = _speech()
+    given = {"embeddings": embeddings, "first": torch.tensor([0]), "second": torch.tensor([1]), "cohort": cohort}
+    with pytest.raises(ValueError, match=message):
+        evaluation.as_norm(**{**given, "top": 10, **change})
+
+
+# ---- lists ----------------------------------------------------------------------------------------------------------
+
+
+def test_voxcelebs_list(tmp_path):
+    """The format of VoxCeleb1-O, -E, -H and of VoxSRC's validation lists."""
+    path = tmp_path / "veri_test2.txt"
+    path.write_text(
+        "1 id10270/5r0dWxy17C8/00001.wav id10270/8jEAjG6SegY/00008.wav\n"
+        "0 id10270/5r0dWxy17C8/00001.wav id10300/ize_eiCFEg0/00003.wav\n"
+    )
+    pairs = evaluation.read_pairs(path, label_first=True)
+    assert pairs[0] == ("id10270/5r0dWxy17C8/00001.wav", "id10270/8jEAjG6SegY/00008.wav", True)
+    assert pairs[1] == ("id10270/5r0dWxy17C8/00001.wav", "id10300/ize_eiCFEg0/00003.wav", False)
+
+
+def test_cn_celebs_lists(tmp_path):
+    """trials.lst names enrolments, enroll.lst their files; enroll.map has several for each."""
+    (tmp_path / "trials.lst").write_text(
+        "id00800-enroll test/id00800-singing-01-005.wav 1\nid00800-enroll test/id00801-drama-02-001.wav 0\n"
+    )
+    (tmp_path / "enroll.lst").write_text("id00800-enroll enroll/id00800-enroll.wav\n")
+    (tmp_path / "enroll.map").write_text(
+        "id00800-enroll id00800/singing-01-001.wav id00800/singing-01-002.wav\n\nid00801-enroll id00801/a.wav\n"
+        "id00800-enroll id00800/drama-01-001.wav\n"
+    )
+    pairs = evaluation.read_pairs(tmp_path / "trials.lst")
+    assert [pair.same for pair in pairs] == [True, False] and pairs[0].first == "id00800-enroll"
+    assert evaluation.read_enrolment(tmp_path / "enroll.lst") == {"id00800-enroll": ["enroll/id00800-enroll.wav"]}
+    assert evaluation.read_enrolment(tmp_path / "enroll.map") == {
+        "id00800-enroll": ["id00800/singing-01-001.wav", "id00800/singing-01-002.wav", "id00800/drama-01-001.wav"],
+        "id00801-enroll": ["id00801/a.wav"],
+    }
+
+
+def test_names_with_blanks_and_lines_without_files(tmp_path):
+    (tmp_path / "tabs").write_text("A. Speaker\tone file.wav\ttwo.wav\n")
+    assert evaluation.read_enrolment(tmp_path / "tabs") == {"A. Speaker": ["one file.wav", "two.wav"]}
+    (tmp_path / "bad").write_text("a a.wav\nb\n")
+    with pytest.raises(ValueError, match="bad:2: expected 'name file ...', but got 'b'"):
+        evaluation.read_enrolment(tmp_path / "bad")
