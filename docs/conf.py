@@ -5,6 +5,9 @@ Links in the pages lead through the tree, as they do for readers of the files; o
 file, or to the repository.
 """
 
+import importlib
+import inspect
+import operator
 import os
 import re
 from pathlib import Path
@@ -41,6 +44,7 @@ copybutton_prompt_text = "$ "
 
 # Signatures as they are written: torch's own names need no module in front.
 autodoc_typehints = "signature"
+autodoc_inherit_docstrings = False  # torch.nn.Module's own say nothing of ours
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
@@ -87,8 +91,18 @@ def _draw(app: Sphinx) -> None:
     curves.draw_boundaries(folder / "boundaries.png")
 
 
+def _field_comment(name: str) -> str:
+    """What a line `field: type  # comment` of a tuple's class says."""
+    module, cls, field = name.rsplit(".", 2)
+    source = inspect.getsource(operator.attrgetter(cls)(importlib.import_module(module)))
+    found = re.search(rf"^    {field}: [^#\n]*# (.*)$", source, re.MULTILINE)
+    return found[1] if found else ""
+
+
 def _plain_docstring(app: Sphinx, what: str, name: str, of: object, options: object, lines: list[str]) -> None:
     """Docstrings are written to be read as they are: indented formulas are literal, and |x| is a length."""
+    if lines and lines[0].startswith("Alias for field number"):
+        lines[:] = [_field_comment(name)]
     literal = None  # how far a formula's introduction is indented
     for place, line in enumerate(lines):
         indent = len(line) - len(line.lstrip())
@@ -98,7 +112,7 @@ def _plain_docstring(app: Sphinx, what: str, name: str, of: object, options: obj
             literal = None
         below = next((later for later in lines[place + 2 :] if later.strip()), "")
         is_followed = place + 1 < len(lines) and not lines[place + 1].strip()
-        line = line.replace("|", "\\|")
+        line = re.sub(r"(: )([A-Z])\.$", r"\1\2\\.", line.replace("|", "\\|"))  # "C." alone would begin a list
         if line.endswith("::"):
             literal = indent
         elif line.strip() and is_followed and len(below) - len(below.lstrip()) > indent:
@@ -107,7 +121,15 @@ def _plain_docstring(app: Sphinx, what: str, name: str, of: object, options: obj
     lines[:] = "\n".join(lines).split("\n")
 
 
+def _whole_sentence(app: Sphinx, what: str, name: str, of: object, options: object, lines: list[str]) -> None:
+    """napoleon takes what stands before a colon for the type of an attribute: back to its place."""
+    parts = re.fullmatch(r"(.*?)\n+:type: (.*?)\n*", "\n".join(lines), re.DOTALL)
+    if parts:
+        lines[:] = f"{parts[2]}: {parts[1]}".split("\n")
+
+
 def setup(app: Sphinx) -> None:
     app.connect("builder-inited", _draw)
     app.connect("source-read", _read)
     app.connect("autodoc-process-docstring", _plain_docstring, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", _whole_sentence, priority=600)  # after it
