@@ -29,7 +29,7 @@ help: ## this list
 	@echo "make [TARGET] [TORCH=$(TORCH)] [PYTHON=$(PYTHON)]      torch versions: $(TORCHES)"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 18
 
-$(VENV)/.installed: requirements/torch-$(TORCH).txt $(addprefix requirements/,build.txt test.txt demo.txt face.txt test-face.txt oracles.txt)
+$(VENV)/.installed: requirements/torch-$(TORCH).txt $(addprefix requirements/,build.txt test.txt demo.txt face.txt test-face.txt test-integrations.txt oracles.txt)
 	@bash scripts/check_tools.sh "$(PYTHON)"
 	@echo "== torch $(TORCH) and what the demo and the tests need, into $(VENV): 5.5 GB, a minute or two on a fast line"
 	"$(PYTHON)" -m venv "$(VENV)"
