@@ -71,6 +71,21 @@ def _equal(a, b):
     return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_set_before_the_backward_pass_count_for_the_next_forward(name):
+    """Autograd keeps no buffer: a schedule may step, and DistributedDataParallel write buffers, between the passes."""
+    x, y = _batch()
+    expected = _results(_make(name), x, y)[1:3]
+    loss = _make(name)
+    torch.manual_seed(3)
+    value = loss(x, y)
+    for number, new in NUMBERS[name].items():
+        setattr(loss, number, new)
+    for buffer in loss.buffers():
+        buffer.copy_(buffer.clone())
+    assert _equal(torch.autograd.grad(value, (x, loss.weight)), expected)
+
+
 @pytest.mark.parametrize(("name", "number"), EACH)
 def test_a_number_set_later_is_one_set_in_the_constructor(name, number):
     value = NUMBERS[name][number]

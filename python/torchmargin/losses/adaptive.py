@@ -180,13 +180,14 @@ class MagFaceLoss(_ByLength):
 
     def sample_margins(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         lengths, _ = self._lengths(embeddings, labels)
-        numbers = (self.number(name) for name in ("a_min", "a_max", "m_min", "m_max"))
+        numbers = (self.number(name).clone() for name in ("a_min", "a_max", "m_min", "m_max"))  # autograd keeps them
         return {"sample_m2": torch.ops.torchmargin._magface_margins(lengths, *numbers)}
 
     def row_penalty(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         lengths, _ = self._lengths(embeddings, labels)
-        penalty: Tensor = torch.ops.torchmargin._magface_penalty(lengths, self.number("a_min"), self.number("a_max"))
-        return self.number("regularizer") * penalty
+        a_min, a_max, regularizer = (self.number(name).clone() for name in ("a_min", "a_max", "regularizer"))
+        penalty: Tensor = torch.ops.torchmargin._magface_penalty(lengths, a_min, a_max)
+        return regularizer * penalty
 
     def describe_margin(self) -> str:
         return f"{super().describe_margin()}, a=({self.a_min:g}, {self.a_max:g}), m=({self.m_min:g}, {self.m_max:g})"
