@@ -87,6 +87,7 @@ def main() -> None:
         accelerator.print(f"epoch {epoch + 1}: loss {loss:.3f}, angle to the class {angle:.2f}")
     share = accuracy(accelerator, model, tests)
     accelerator.print(f"processes {accelerator.num_processes}, accuracy {share:.3f}, untrained {untrained:.3f}")
+    model, optimizer, loader, tests = accelerator.free_memory(model, optimizer, loader, tests)  # they hold the group
     accelerator.end_training()
 
 
