@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import det_curve
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchmargin import evaluation
+
+from rounding import assert_within
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -67,11 +70,21 @@ def test_min_dcf_by_hand():
     assert cost == pytest.approx(0.25) and threshold == pytest.approx(0.5)
 
 
+def test_min_dcf_of_ties_by_hand():
+    """With p_target 0.5 the cost is P_miss + P_fa, exact here."""
+    # Were the pair of twos taken apart, all would be right.
+    assert evaluation.min_dcf([3, 2, 2, 1], [1, 1, 0, 0], p_target=0.5) == (0.5, 3.0)
+    # 0.5 at the thresholds 4 and 2, of which the highest counts.
+    assert evaluation.min_dcf([4, 3, 2, 1], [1, 0, 1, 0], p_target=0.5) == (0.5, 4.0)
+
+
 def test_min_dcf_at_its_ends():
     same = torch.tensor([1, 1, 0, 0])
     assert evaluation.min_dcf(torch.tensor([4.0, 3.0, 2.0, 1.0]), same) == (0.0, 3.0)
     assert evaluation.min_dcf(torch.tensor([1.0, 1.0, 1.0, 1.0]), same) == (1.0, math.inf)
     assert evaluation.min_dcf(torch.tensor([1.0, 2.0, 3.0, 4.0]), same) == (1.0, math.inf)
+    # Where refusing is the dearer mistake, useless scores have all accepted.
+    assert evaluation.min_dcf(torch.tensor([1.0, 2.0, 3.0, 4.0]), same, p_target=0.9) == (1.0, 1.0)
     assert evaluation.min_dcf(np.array([1, 2, 3, 4]), np.array([-1, -1, 1, 1])).cost == 0
 
 
@@ -85,11 +98,24 @@ def test_min_dcf_at_its_ends():
         ({"c_miss": 0.0}, "c_miss to be finite and positive, but got 0.0"),
         ({"c_fa": math.inf}, "c_fa to be finite and positive, but got inf"),
         ({"c_fa": True}, "c_fa to be finite and positive, but got True"),
+        ({"c_miss": 10**400}, "c_miss to be finite and positive, but got 1000"),
+        ({"p_target": True}, r"p_target in \(0, 1\), but got True"),
+        (
+            {"p_target": 1e-300, "c_miss": 1e-300},
+            r"c_miss \* p_target and .* above 0, but got 0 and 1",
+        ),
     ],
 )
 def test_min_dcf_refuses_costs_that_are_none(options, message):
     with pytest.raises(ValueError, match=message):
         evaluation.min_dcf(*_trials(), **options)
+
+
+def test_min_dcf_takes_numpys_numbers():
+    scores, same = _trials()
+    expected = evaluation.min_dcf(scores, same, p_target=0.25, c_miss=2, c_fa=3)
+    given = {"p_target": np.float32(0.25), "c_miss": np.int64(2), "c_fa": np.float64(3)}
+    assert evaluation.min_dcf(scores, same, **given) == expected
 
 
 def test_min_dcf_has_verifys_gate():
@@ -110,17 +136,18 @@ def _speech(rows=40, cohort=60, features=16, dtype=torch.float64):
 
 
 def _as_norm(embeddings, first, second, cohort, top):
-    """A pair at a time, in numpy."""
+    """A pair at a time, in numpy: the score, the size of its larger half, and the smaller of its deviations."""
     unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
     rows, others = unit(embeddings.double().numpy()), unit(cohort.double().numpy())
     found = []
     for a, b in zip(first.tolist(), second.tolist()):
-        score, halves = rows[a] @ rows[b], []
+        score, halves, deviations = rows[a] @ rows[b], [], []
         for side in (a, b):
             nearest = np.sort(others @ rows[side])[::-1][:top]
             halves.append((score - nearest.mean()) / nearest.std())
-        found.append(sum(halves) / 2)
-    return torch.tensor(found)
+            deviations.append(nearest.std())
+        found.append((sum(halves) / 2, max(map(abs, halves)), min(deviations)))
+    return torch.tensor(found, dtype=torch.float64).T
 
 
 @pytest.mark.parametrize("block", [7, 4096])
@@ -129,14 +156,14 @@ def _as_norm(embeddings, first, second, cohort, top):
 def test_as_norm_is_that_of_a_loop(dtype, top, block):
     given = _speech(dtype=dtype)
     found = evaluation.as_norm(*given, top=top, block=block)
-    expected = _as_norm(*given, top or 60)
+    expected, half, deviation = _as_norm(*given, top or 60)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    # Cosines of 16 features are good to some 24 u; a mean moves by as much, a deviation too, and it divides both.
-    u = torch.finfo(found.dtype).eps / 2
-    unit = torch.nn.functional.normalize
-    cosines = unit(given[0].double()) @ unit(given[3].double()).T
-    deviation = cosines.topk(top or 60).values.std(1, correction=0).min()
-    assert (found - expected).abs().max() < 4 * 24 * u * (1 + expected.abs().max()) / deviation
+    # A cosine of two unit rows of 16 features, each good to some features / 2 + 3 roundings, is off by at most
+    # c = (16 + 2 (16 / 2 + 3)) u = 38 u; so are the k-th largest and a mean, and a deviation too (it is a norm of what
+    # is off by c, over the root of their number, and centring makes nothing longer). A half (s - mean) / deviation
+    # then moves by (2 + |half|) c / deviation, and the result is rounded once. In float64 the reference rounds too.
+    u = torch.finfo(found.dtype).eps / (1 if dtype == torch.float64 else 2)
+    assert_within(found, expected, 38 * u * (2 + half) / deviation + u * expected.abs())
 
 
 def test_shifts_and_gains_of_a_channel_drop_out():
@@ -152,6 +179,51 @@ def test_shifts_and_gains_of_a_channel_drop_out():
 def test_no_pairs_have_no_scores():
     embeddings, first, second, cohort = _speech()
     assert evaluation.as_norm(embeddings, first[:0], second[:0], cohort, top=10).shape == (0,)
+    with pytest.raises(ValueError, match="cohort to be finite"):
+        evaluation.as_norm(embeddings, first[:0], second[:0], cohort / 0, top=10)
+
+
+@pytest.mark.parametrize("second_dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+@pytest.mark.parametrize("first_dtype", [torch.uint8, torch.int16])
+def test_as_norm_takes_indices_of_every_kind(first_dtype, second_dtype):
+    """uint8 used to select rows as a mask."""
+    embeddings, first, second, cohort = _speech()
+    expected = evaluation.as_norm(embeddings, first, second, cohort, top=10)
+    found = evaluation.as_norm(embeddings, first.to(first_dtype), second.to(second_dtype), cohort, top=10)
+    assert torch.equal(found, expected)
+
+
+def test_a_hand_computed_score():
+    """Cosines with the cohort 1, 0 of one side, 0.6, 0.8 of the other, and 0.6 between them."""
+    embeddings = torch.tensor([[2.0, 0.0], [3.0, 4.0]], dtype=torch.float64)
+    score = evaluation.as_norm(embeddings, torch.tensor([0]), torch.tensor([1]), torch.eye(2).double(), top=2)
+    # (0.6 - 0.5) / 0.5 and (0.6 - 0.7) / 0.1; 38 u as above, of 2 features: 10 u of each cosine.
+    assert_within(score, torch.tensor([(0.2 - 1.0) / 2], dtype=torch.float64), 2 * 10 * EPS * (2 + 1) / 0.1)
+
+
+@pytest.mark.parametrize("top", [10, None])
+def test_statistics_are_made_once_for_each_embedding_in_blocks(top):
+    """Every product is of at most `block` x `block`, and all of them together are of the rows that pairs have."""
+    embeddings, _, _, cohort = _speech()
+    first, second = torch.tensor([3, 3, 3, 8, 5, 3]).repeat(20), torch.tensor([8, 5, 3, 3, 3, 21]).repeat(20)
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                products.append((len(args[0]), args[1].shape[1]))
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        evaluation.as_norm(embeddings, first, second, cohort, top=top, block=3)
+    passes = 2 if top is None else 1  # the mean, and then the deviation
+    assert sum(rows * columns for rows, columns in products) == passes * 4 * 60
+    assert max(max(product) for product in products) == 3
+
+
+def test_as_norm_keeps_no_graph():
+    embeddings, first, second, cohort = _speech()
+    assert not evaluation.as_norm(embeddings.requires_grad_(), first, second, cohort, top=10).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -165,9 +237,23 @@ def test_no_pairs_have_no_scores():
         ({"top": 0}, "top to be a whole number between 1 and the size of the cohort, 60, but got 0"),
         ({"top": 1}, "at least 2 cohort embeddings for a standard deviation, but got 1"),
         ({"cohort": torch.randn(1, 16), "top": None}, "at least 2 cohort embeddings for a standard deviation"),
+        ({"top": True}, "top to be a whole number between 1 and the size of the cohort, 60, but got True"),
+        ({"top": 2.5}, "top to be a whole number between 1 and the size of the cohort, 60, but got 2.5"),
+        (
+            {"cohort": torch.ones(0, 16), "top": None},
+            "at least 2 cohort embeddings for a standard deviation, but got 0",
+        ),
+        ({"cohort": [1.0]}, "cohort to be a floating-point tensor of shape .*, but got list"),
         ({"block": 0}, "block to be a whole number of at least 1"),
+        ({"block": 2.5}, "block to be a whole number of at least 1, but got 2.5"),
         ({"first": torch.tensor([40])}, "first to hold indices of the 40 rows"),
+        ({"second": torch.tensor([-1])}, r"second to hold indices of the 40 rows, .* first is second\[0\] = -1"),
+        ({"second": torch.tensor([True])}, "second to hold indices, but got torch.bool"),
+        ({"first": torch.tensor([0.0])}, "first to be an integer tensor of shape"),
+        ({"first": torch.tensor([0, 1])}, "expected first and second to have one length, but got 2 and 1"),
         ({"embeddings": torch.zeros(3)}, "embeddings to be a floating-point tensor of shape"),
+        ({"embeddings": torch.full((40, 16), math.inf)}, "embeddings to be finite, but 40 of 40 rows hold NaN"),
+        ({"embeddings": torch.zeros(40, 16)}, "those of row 0 of embeddings are all alike"),
     ],
 )
 def test_as_norm_refuses_bad_arguments(change, message):
@@ -209,6 +295,19 @@ def test_cn_celebs_lists(tmp_path):
         "id00800-enroll": ["id00800/singing-01-001.wav", "id00800/singing-01-002.wav", "id00800/drama-01-001.wav"],
         "id00801-enroll": ["id00801/a.wav"],
     }
+
+
+def test_several_files_are_pooled_to_the_direction_of_their_unit_mean():
+    """What docs/evaluation.md does with an enrolment list: each file is a medium of its speaker."""
+    files, owner = torch.randn(5, 16, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1])
+    rows = torch.nn.functional.normalize(files)
+    pooled, numbers = evaluation.pool_templates(rows, owner, torch.arange(5))
+    means = torch.stack([rows[:3].mean(0), rows[3:].mean(0)])
+    expected = torch.nn.functional.normalize(means)
+    # A mean of 3: 3 roundings; then a norm of 16 squares, its root and a quotient; one more to spare, on both sides.
+    size = rows.abs().max() / means.norm(dim=1).min()
+    assert_within(pooled, expected, EPS * (4 + 16 / 2 + 2) * size)
+    assert numbers.tolist() == [0, 1]
 
 
 def test_names_with_blanks_and_lines_without_files(tmp_path):

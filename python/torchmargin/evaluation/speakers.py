@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchmargin.evaluation.checks import check_count, check_embeddings, unit
+from torchmargin.evaluation.checks import check_count, check_embeddings, check_places, unit
 from torchmargin.evaluation.identification import top_k_of_units
 from torchmargin.evaluation.pairs import lines_of, pair_scores
 from torchmargin.evaluation.verification import check_scores, roc_curve_of
@@ -42,17 +43,22 @@ def min_dcf(
     if not _is_number(p_target) or not 0 < p_target < 1:
         raise ValueError(f"expected p_target in (0, 1), but got {p_target!r}")
     for name, cost in (("c_miss", c_miss), ("c_fa", c_fa)):
-        if not _is_number(cost) or not 0 < cost < math.inf:
+        if not _is_number(cost) or not 0 < cost <= sys.float_info.max:
             raise ValueError(f"expected {name} to be finite and positive, but got {cost!r}")
+    of_miss, of_false = float(c_miss) * float(p_target), float(c_fa) * (1 - float(p_target))
+    least = min(of_miss, of_false)
+    if least == 0:  # it underflows
+        raise ValueError(
+            f"expected c_miss * p_target and c_fa * (1 - p_target) above 0, but got {of_miss:g} and {of_false:g}"
+        )
     accepted_wrongly, accepted, thresholds = roc_curve_of(*check_scores(scores, same))
-    costs = c_miss * p_target * (1 - accepted) + c_fa * (1 - p_target) * accepted_wrongly
+    costs = of_miss * (1 - accepted) + of_false * accepted_wrongly
     best = int(np.argmin(costs))
-    least = min(c_miss * p_target, c_fa * (1 - p_target))
     return MinDcf(float(costs[best] / least), float(thresholds[best]))
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @torch.no_grad()
@@ -86,11 +92,13 @@ def as_norm(
     top = len(cohort) if top is None else check_count("top", top, len(cohort), "cohort")
     if top < 2:
         raise ValueError(f"expected at least 2 cohort embeddings for a standard deviation, but got {top}")
-    scores = pair_scores(embeddings, first, second)
+    scores, others = pair_scores(embeddings, first, second), unit("cohort", cohort)
     if not len(scores):
         return scores
-    sides, places = torch.cat([first, second]).to(embeddings.device).unique(return_inverse=True)
-    rows, others = unit("embeddings", embeddings[sides]), unit("cohort", cohort)
+    # NB: as int64; uint8 would select rows as a mask.
+    ends = [check_places("first", first, len(embeddings)), check_places("second", second, len(embeddings))]
+    sides, places = torch.cat([end.to(embeddings.device) for end in ends]).unique(return_inverse=True)
+    rows = unit("embeddings", embeddings[sides])
     dtype = torch.promote_types(rows.dtype, others.dtype)
     rows, others = rows.to(dtype), others.to(dtype)
     means, deviations = [], []
