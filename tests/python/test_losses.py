@@ -1,6 +1,7 @@
 """The modules: the numbers of their papers, and good nn.Modules."""
 
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -297,3 +298,27 @@ def test_trains():
 def test_bad_parameters_raise_when_the_module_is_made(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+def test_signatures_spell_what_all_losses_take(make):
+    """For help() and editors: what **common stands for, with the defaults of this loss."""
+    loss = make()
+    signature = inspect.signature(type(loss))
+    assert all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    for name in ("label_smoothing", "ignore_index", "reduction", "class_weight", "interclass_filter", "sub_centers"):
+        default = signature.parameters[name].default
+        assert default == getattr(type(loss)(8, 17), name), name
+    assert {"device", "dtype"} <= set(signature.parameters)
+    assert type(loss).__doc__ != torchmargin.MarginLoss.__doc__
+
+
+def test_the_signature_of_a_loss_of_ones_own_is_its_own():
+    class Plain(torchmargin.ArcFaceLoss):
+        pass
+
+    class Fixed(torchmargin.ArcFaceLoss):
+        def __init__(self, classes, **options):
+            super().__init__(8, classes, **options)
+
+    assert inspect.signature(Plain) == inspect.signature(torchmargin.ArcFaceLoss)
+    assert list(inspect.signature(Fixed).parameters) == ["classes", "options"]
