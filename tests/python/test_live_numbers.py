@@ -71,6 +71,40 @@ def _equal(a, b):
     return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize(("name", "number"), EACH)
+def test_a_number_that_others_write_to_its_buffer_counts_in_inference(name, number):
+    """An average of modules (ModelEma, AveragedModel) copies buffers: what it shows is what it computes with."""
+    x, y = _batch()
+    loss, expected = _make(name).eval(), _make(name, **{number: NUMBERS[name][number]}).eval()
+    before = _results(loss, x, y)
+    if number not in dict(loss.named_buffers()):
+        return  # it makes no logits
+    loss.number(number).copy_(expected.number(number))
+    assert getattr(loss, number) == getattr(expected, number)
+    logits = loss.logits(x).detach()  # first: it follows by itself
+    assert torch.equal(logits, expected.logits(x).detach())
+    assert _equal(_results(loss, x, y), _results(expected, x, y))
+    loss.number(number).copy_(_make(name).number(number))
+    assert _equal(_results(loss, x, y), before)
+    setattr(loss, number, NUMBERS[name][number])  # and what is set afterwards counts
+    assert _equal(_results(loss, x, y), _results(expected, x, y))
+
+
+def test_an_average_of_modules_has_the_scale_that_it_shows():
+    from torch.optim.swa_utils import AveragedModel
+
+    loss = torchmargin.ArcFaceLoss(D, C, scale=16.0, dtype=torch.float64)
+    average = AveragedModel(loss, use_buffers=True)
+    average.update_parameters(loss)
+    loss.scale = 32.0
+    average.update_parameters(loss)
+    x, _ = _batch()
+    assert average.module.scale == 24.0
+    expected = torchmargin.ArcFaceLoss(D, C, scale=24.0, dtype=torch.float64)
+    expected.load_state_dict(average.module.state_dict())
+    assert torch.equal(average.module.logits(x), expected.logits(x))
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_set_before_the_backward_pass_count_for_the_next_forward(name):
     """Autograd keeps no buffer: a schedule may step, and DistributedDataParallel write buffers, between the passes."""

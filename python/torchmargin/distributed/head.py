@@ -23,6 +23,7 @@ from torchmargin.distributed.partials import Partials, partials_of, stacked
 from torchmargin.distributed.rows import DrawnRows, DrawnSample, check_step_in_backward_upstream
 from torchmargin.distributed.sampling import Sampler
 from torchmargin.losses.base import MarginLoss, MarginStatistics
+from torchmargin.losses.numbers import version_of
 from torchmargin.losses.recompute import empty_log, key_of
 
 __all__ = ["ClassParallel"]
@@ -232,7 +233,7 @@ class ClassParallel(nn.Module):
         if not _are_labels(labels):
             torch.ops._c10d_functional.wait_tensor(gathered)
             raise TypeError("prepare: expected labels [B] int64")
-        self._prepared = labels, gathered, _version_of(labels)
+        self._prepared = labels, gathered, version_of(labels)
 
     @overload
     def forward(self, embeddings: Tensor, labels: Tensor, return_statistics: Literal[False] = False) -> Tensor: ...
@@ -244,6 +245,8 @@ class ClassParallel(nn.Module):
         self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, MarginStatistics]:
         loss, ops = self.loss, torch.ops.torchmargin
+        if not self.training:
+            loss._follow_buffers()
         all_labels = self._labels_of_all(embeddings, labels)
         per_rank = all_labels.shape[0] // self.mesh.size()
         self._check_gradients_agree(embeddings)
@@ -295,6 +298,7 @@ class ClassParallel(nn.Module):
     @torch.no_grad()
     def logits(self, embeddings: Tensor) -> Tensor:
         """The logits [B, C] of this rank's rows without a margin, for inference. Every rank calls it."""
+        self.loss._follow_buffers()
         sent = self._for_all_rows(embeddings, self._local_logits)
         count, ranks = embeddings.shape[0], self.mesh.size()
         found = []
@@ -310,6 +314,7 @@ class ClassParallel(nn.Module):
         Of equal logits the first class counts, and NaN is the largest, as in torch.max. No rank holds logits of more
         than its own classes. Every rank calls it.
         """
+        self.loss._follow_buffers()
         best = self._for_all_rows(embeddings, self._local_top1)
         found = self._all_to_all(torch.stack(best, 1)).view(self.mesh.size(), -1, 2)[:, : embeddings.shape[0]]
         largest = found[..., 0].amax(0)
@@ -347,7 +352,7 @@ class ClassParallel(nn.Module):
 
     def _check_call(self, embeddings: Tensor, labels: Tensor, prepared: tuple[Tensor, Tensor, int] | None) -> None:
         self._check_wrapping()
-        if prepared is not None and (prepared[0] is not labels or prepared[2] != _version_of(labels)):
+        if prepared is not None and (prepared[0] is not labels or prepared[2] != version_of(labels)):
             raise RuntimeError(
                 "ClassParallel: expected the labels that prepare() was given, as they were, but got others"
             )
@@ -701,10 +706,6 @@ def _text_of(sampler: Sampler | None) -> str:
     if sampler is None or type(sampler).__repr__ is not object.__repr__:
         return repr(sampler)
     return f"{type(sampler).__name__}(rate={sampler.rate}, correction={sampler.correction})"
-
-
-def _version_of(labels: Tensor) -> int:
-    return 0 if labels.is_inference() else labels._version
 
 
 def _are_labels(labels: object) -> bool:

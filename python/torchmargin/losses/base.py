@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, TypedDict, Unpack
 
 from torchmargin import _extension  # noqa: F401  (registers the ops)
-from torchmargin.losses.numbers import Alias, ClassWeight, Number, check_finite, check_radians, is_number
+from torchmargin.losses.numbers import Alias, ClassWeight, Number, check_finite, check_radians, is_number, version_of
 from torchmargin.losses.recompute import empty_log, key_of, log_shape
 from torchmargin.options import Extension, MarginGradient, Reduction
 
@@ -219,6 +219,7 @@ class MarginLoss(nn.Module):
         self._changed: dict[str, None] | None = None  # in order: every process has the same buffers in the same order
         self._moving: list[str] = []
         self._recalls: Tensor | None = None
+        self._written: dict[str, int] = {}  # the versions of buffers when numbers were written to them
         self._non_persistent_buffers_set.add("class_weight")
         with self._checked_together():
             self.scale = scale
@@ -349,6 +350,8 @@ class MarginLoss(nn.Module):
         self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, MarginStatistics]:
         self._check_holds_weights()
+        if not self.training:
+            self._follow_buffers()
         op = self._op(return_statistics)
         if not self._fits(embeddings, labels):  # the op says what is wrong
             refused: Tensor = op(embeddings, self.weight, labels, self.bias, **self._margin(), **self._reduction())
@@ -385,6 +388,7 @@ class MarginLoss(nn.Module):
     def logits(self, embeddings: Tensor) -> Tensor:
         """The logits [B, C] without a margin, for inference: their argmax is the predicted class."""
         self._check_holds_weights()
+        self._follow_buffers()
         return self._logits_among(self._widened(embeddings), self.weight, self.bias, self._compute_dtype(embeddings))
 
     def extra_repr(self) -> str:
@@ -723,7 +727,24 @@ class MarginLoss(nn.Module):
                 with torch.no_grad():
                     buffer.copy_(value)
             else:
-                self._buffers[name] = value.clone().to(device)
+                buffer = self._buffers[name] = value.clone().to(device)
+            self._written[name] = version_of(buffer)
+
+    def _follow_buffers(self) -> None:
+        """Numbers that others have written to their buffers, as an average of modules does, count as if they were set.
+
+        Where a call is for inference: DistributedDataParallel copies buffers in every step of training, and to read
+        them is to wait for the device.
+        """
+        if torch.compiler.is_compiling():
+            return
+        for name in self._numbers:
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.dim() > 0 or buffer.is_meta or self._written.get(name) == version_of(buffer):
+                continue
+            if type(buffer) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(buffer):
+                self._numbers[name] = buffer.item()
+                self._written[name] = version_of(buffer)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """No cast changes a buffer: numbers stay float64, statistics keep the digits that small steps need.

@@ -26,6 +26,7 @@ __all__ = [
     "check_radians",
     "check_share",
     "is_number",
+    "version_of",
 ]
 
 Check = Callable[[str, float], Any]
@@ -59,6 +60,11 @@ def check_radians(name: str, angle: float) -> float:
 
 def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it has been written to; an inference tensor does not know."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Number(Generic[Value]):
