@@ -1,13 +1,19 @@
 """evaluation.Gallery: every index beside all products in float64."""
 
 import importlib.util
+import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from torchmargin.evaluation import Gallery, top_k
+
+ROOT = Path(__file__).resolve().parents[2]
 
 faiss_is_here = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="there is no faiss")
 INDICES = ["builtin", pytest.param("exact", marks=faiss_is_here), pytest.param("ivf", marks=faiss_is_here)]
@@ -55,6 +61,7 @@ def test_identify_answers_with_labels_above_the_threshold(index):
     nearest = gallery.identify(probes, -1.5)[2]
     assert nearest == labels[_true(probes, entries)[2].argmax()]
     assert gallery.identify(probes[:0], 0.5).shape == (0,)
+    assert torch.equal(gallery.identify(probes, np.float32(-1.5)), gallery.identify(probes, -1.5))
     assert len(gallery) == G and f"{G} x {D}" in repr(gallery)
 
 
@@ -118,14 +125,44 @@ def test_the_gallery_keeps_its_own_copy():
     assert torch.equal(gallery.search(_rows(3, 1))[0], before[0])
 
 
+@pytest.mark.parametrize("index", INDICES)
+def test_rows_may_lie_anyhow_in_memory(index):
+    entries, probes = _rows(G, 2), _rows(P, 1)
+    turned = _gallery(entries.T.contiguous().T, index).search(probes.T.contiguous().T.requires_grad_(), 3)
+    straight = _gallery(entries, index).search(probes, 3)
+    assert torch.equal(turned[1], straight[1]) and not turned[0].requires_grad
+    # Lengths may be summed in another order, and products too: as above, twice.
+    assert (turned[0] - straight[0]).abs().max() < 2 * 4 * (D + 8) * 2.0**-24
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the benchmark reads /proc")
+def test_the_benchmark_runs(tmp_path):
+    """Of a small gallery, with what it asserts itself: that every exact search finds the same."""
+    sizes = {"entries": 2000, "features": 16, "probes": 20, "k": 3, "runs": 1, "threads": 1}
+    words = [f"--{name}={value}" for name, value in sizes.items()]
+    command = [sys.executable, ROOT / "benchmarks/gallery.py", *words, f"--json={tmp_path / 'gallery.json'}"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    results = json.loads((tmp_path / "gallery.json").read_text())["results"]
+    recalls = {each["search"]: each["recall_at_1"] for each in results}
+    assert recalls["builtin"] == 1 and all(0 < recall <= 1 for recall in recalls.values())
+    if importlib.util.find_spec("faiss"):
+        assert recalls["exact"] == 1 and [name for name in recalls if name.startswith("ivf, 1 of ")]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Gallery(_rows(0)), "embeddings to have entries, but there are none"),
+        (lambda: Gallery(_rows(4)[:, :0]), "embeddings to have features, but there are none"),
         (lambda: Gallery(_rows(4)[0]), r"embeddings to be a floating-point tensor of shape \[N, D\]"),
         (lambda: Gallery(_rows(4) / 0), "embeddings to be finite"),
         (lambda: Gallery(_rows(4), torch.arange(3)), r"labels to be an integer tensor of shape \[4\]"),
         (lambda: Gallery(_rows(4), index="flat"), "index to be .builtin., .exact. or .ivf., but got 'flat'"),
+        (lambda: Gallery(_rows(4), seed=-1), r"seed to be a whole number in \[0, 2\^31\), but got -1"),
+        (lambda: Gallery(_rows(4), seed=1 << 31), r"seed to be a whole number in \[0, 2\^31\), but got 2147483648"),
+        (lambda: Gallery(_rows(4), seed=0.5), r"seed to be a whole number in \[0, 2\^31\), but got 0.5"),
+        (lambda: Gallery(_rows(4), seed=True), r"seed to be a whole number in \[0, 2\^31\), but got True"),
         (lambda: Gallery(_rows(4), index="exact", cells=3), 'cells and visits with index="ivf" alone'),
         (lambda: Gallery(_rows(4).double(), index="exact"), "float32 or 16 bits on the CPU for faiss, but got torch.f"),
         (lambda: Gallery(_rows(4), index="builtin").visits, "index=\"ivf\" for visits, but it is 'builtin'"),
@@ -139,6 +176,10 @@ def test_the_gallery_keeps_its_own_copy():
         (
             lambda: Gallery(_rows(4), index="builtin").identify(_rows(2), math.nan),
             "threshold to be a number, but got nan",
+        ),
+        (
+            lambda: Gallery(_rows(4), index="builtin").identify(_rows(2), True),
+            "threshold to be a number, but got True",
         ),
         (lambda: Gallery(_rows(4), index="builtin").recall(_rows(0)), "probes to have rows, but there are none"),
         pytest.param(

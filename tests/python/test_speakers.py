@@ -1,4 +1,4 @@
-"""minDCF, AS-norm and enrolment lists of torchmargin.evaluation, beside scikit-learn and plain loops."""
+"""Detection costs, AS-norm and lists of trials and enrolments, beside scikit-learn and plain loops."""
 
 import math
 
@@ -106,9 +106,10 @@ def test_min_dcf_at_its_ends():
         ),
     ],
 )
-def test_min_dcf_refuses_costs_that_are_none(options, message):
+@pytest.mark.parametrize("cost", [evaluation.min_dcf, evaluation.act_dcf])
+def test_costs_that_are_none_are_refused(cost, options, message):
     with pytest.raises(ValueError, match=message):
-        evaluation.min_dcf(*_trials(), **options)
+        cost(*_trials(), **options)
 
 
 def test_min_dcf_takes_numpys_numbers():
@@ -118,12 +119,48 @@ def test_min_dcf_takes_numpys_numbers():
     assert evaluation.min_dcf(scores, same, **given) == expected
 
 
-def test_min_dcf_has_verifys_gate():
+@pytest.mark.parametrize("cost", [evaluation.min_dcf, evaluation.act_dcf])
+def test_costs_have_verifys_gate(cost):
     scores, same = _trials()
     with pytest.raises(ValueError, match="expected scores to be finite"):
-        evaluation.min_dcf(scores / 0, same)
+        cost(scores / 0, same)
     with pytest.raises(ValueError, match="pairs of one class and of two"):
-        evaluation.min_dcf(scores[same], same[same])
+        cost(scores[same], same[same])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("parameters", PARAMETERS)
+def test_act_dcf_is_the_cost_at_a_threshold(parameters, ties):
+    options = dict(zip(("p_target", "c_miss", "c_fa"), parameters))
+    scores, same = _trials(ties=ties)
+    least = evaluation.min_dcf(scores, same, **options)
+    # The same two rates, quotients of the same counts, in the same formula.
+    assert evaluation.act_dcf(scores, same, threshold=least.threshold, **options) == least.cost
+    costs = [evaluation.act_dcf(scores, same, threshold=at, **options) for at in [math.inf, *scores.tolist()]]
+    assert min(costs) == least.cost
+    p_target, c_miss, c_fa = parameters
+    of_miss, of_false = c_miss * p_target, c_fa * (1 - p_target)
+    none, everything = (evaluation.act_dcf(scores, same, threshold=at, **options) for at in (math.inf, -math.inf))
+    assert (none, everything) == (of_miss / min(of_miss, of_false), of_false / min(of_miss, of_false))
+
+
+def test_act_dcf_takes_bayes_threshold_of_log_likelihood_ratios():
+    """By hand: log 99 = 4.595 lies between the scores 4.59 and 4.60, log (9 / 2) = 1.504 between 1.5 and 1.51."""
+    same = torch.tensor([1, 1, 0, 0])
+    scores = torch.tensor([4.60, 4.59, -3.0, 4.59], dtype=torch.float64)
+    assert evaluation.act_dcf(scores, same) == 0.5
+    assert evaluation.act_dcf(scores[[0, 1, 2, 0]], same) == pytest.approx(0.5 + 0.5 * 99)
+    scores = torch.tensor([1.51, 1.5, 1.5, 1.51], dtype=torch.float64)
+    # (2 * 0.1 / 2 + 0.9 / 2) / 0.2
+    assert evaluation.act_dcf(scores, same, p_target=0.1, c_miss=2) == pytest.approx(2.75)
+    # A score at the threshold, log 1 = 0, is accepted.
+    assert evaluation.act_dcf([0, 0, -1, -1], same, p_target=0.5) == 0
+
+
+@pytest.mark.parametrize("threshold", [math.nan, "0", True, torch.tensor(0.0)])
+def test_act_dcf_refuses_thresholds_that_are_none(threshold):
+    with pytest.raises(ValueError, match="expected threshold to be a number, but got "):
+        evaluation.act_dcf(*_trials(), threshold=threshold)
 
 
 # ---- AS-norm --------------------------------------------------------------------------------------------------------
@@ -276,6 +313,14 @@ def test_voxcelebs_list(tmp_path):
     pairs = evaluation.read_pairs(path, label_first=True)
     assert pairs[0] == ("id10270/5r0dWxy17C8/00001.wav", "id10270/8jEAjG6SegY/00008.wav", True)
     assert pairs[1] == ("id10270/5r0dWxy17C8/00001.wav", "id10300/ize_eiCFEg0/00003.wav", False)
+
+
+def test_kaldis_list(tmp_path):
+    (tmp_path / "trials").write_text("id00800 id00800-singing-01-005 target\nid00800 id00801-drama-02-001 nontarget\n")
+    assert evaluation.read_pairs(tmp_path / "trials") == [
+        ("id00800", "id00800-singing-01-005", True),
+        ("id00800", "id00801-drama-02-001", False),
+    ]
 
 
 def test_cn_celebs_lists(tmp_path):

@@ -7,7 +7,7 @@ and returns plain numbers. docs/evaluation.md shows the use with LFW's pair list
 from torchmargin.evaluation.gallery import Gallery
 from torchmargin.evaluation.identification import Identification, identify, top_k
 from torchmargin.evaluation.pairs import Pair, all_pairs, pair_scores, read_lfw_pairs, read_pairs
-from torchmargin.evaluation.speakers import MinDcf, as_norm, min_dcf, read_enrolment
+from torchmargin.evaluation.speakers import MinDcf, act_dcf, as_norm, min_dcf, read_enrolment
 from torchmargin.evaluation.templates import pool_templates
 from torchmargin.evaluation.verification import (
     KFoldAccuracy,
@@ -29,6 +29,7 @@ __all__ = [
     "Roc",
     "Thresholds",
     "Verification",
+    "act_dcf",
     "all_pairs",
     "as_norm",
     "identify",

@@ -8,17 +8,34 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-__all__ = ["check_count", "check_embeddings", "check_labels", "check_places", "check_rates", "unit"]
+__all__ = [
+    "check_count",
+    "check_embeddings",
+    "check_labels",
+    "check_places",
+    "check_rates",
+    "is_number",
+    "is_whole",
+    "unit",
+]
 
 
 def _what(value: object) -> str:
     return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
 
 
+def is_number(value: object) -> bool:
+    """Python's or numpy's, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: int, largest: int | None = None, of: str = "", *, smallest: int = 1) -> int:
     """A whole number from `smallest` to `largest`, which is the size of `of`."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or value < smallest or (largest is not None and value > largest):
+    if not is_whole(value) or value < smallest or (largest is not None and value > largest):
         bounds = f"of at least {smallest}"
         if largest is not None:
             bounds = f"between {smallest} and the size of the {of}, {largest}"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torchmargin.evaluation.checks import check_count, check_embeddings, check_labels, unit
+from torchmargin.evaluation.checks import check_count, check_embeddings, check_labels, is_number, is_whole, unit
 from torchmargin.evaluation.identification import check_sides, top_k_of_units
 
 __all__ = ["Gallery", "Index"]
@@ -45,10 +45,14 @@ class Gallery:
         entries = len(embeddings)
         if entries == 0:
             raise ValueError("expected embeddings to have entries, but there are none")
+        if embeddings.shape[1] == 0:  # NB: faiss would divide by it, and the process end.
+            raise ValueError("expected embeddings to have features, but there are none")
         if index not in ("builtin", "exact", "ivf"):
             raise ValueError(f'expected index to be "builtin", "exact" or "ivf", but got {index!r}')
         if index != "ivf" and (cells is not None or visits is not None):
             raise ValueError(f'expected cells and visits with index="ivf" alone, but index is {index!r}')
+        if not is_whole(seed) or not 0 <= seed < 1 << 31:
+            raise ValueError(f"expected seed to be a whole number in [0, 2^31), but got {seed!r}")  # faiss's is an int
         if labels is None:
             labels = torch.arange(entries, device=embeddings.device)
         self.labels = check_labels("labels", labels, entries).to(embeddings.device)
@@ -72,7 +76,7 @@ class Gallery:
                 self.cells = check_count("cells", most if cells is None else cells, entries, "gallery")
                 visits = max(1, self.cells // 16) if visits is None else visits
                 self._faiss = faiss.IndexIVFFlat(self._faiss, self.features, self.cells, faiss.METRIC_INNER_PRODUCT)
-                self._faiss.cp.seed = seed
+                self._faiss.cp.seed = int(seed)
                 self._faiss.cp.min_points_per_centroid = 1  # fewer are a coarser search, and no reason to print
                 self._faiss.cp.max_points_per_centroid = 64  # k-means' share of the work; a sample by the seed
                 self._faiss.train(units.numpy())
@@ -125,12 +129,13 @@ class Gallery:
 
         :func:`identify` finds thresholds for given rates of false positives.
         """
-        if not isinstance(threshold, (int, float)) or math.isnan(threshold):
+        if not is_number(threshold) or math.isnan(threshold):
             raise ValueError(f"expected threshold to be a number, but got {threshold!r}")
         cosines, places = self.search(probes)
         known = cosines[:, 0] > threshold
         return torch.where(known, self.labels[places[:, 0].clamp(min=0)], NO_CLASS)
 
+    @torch.no_grad()
     def recall(self, probes: Tensor, k: int = 1) -> float:
         """The share of the k most similar entries of ``probes`` that a search finds: of "ivf", beside all products."""
         check_sides(probes, self._like)
