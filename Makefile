@@ -31,7 +31,7 @@ help: ## this list
 
 $(VENV)/.installed: requirements/torch-$(TORCH).txt $(addprefix requirements/,build.txt test.txt demo.txt face.txt test-face.txt test-integrations.txt oracles.txt)
 	@bash scripts/check_tools.sh "$(PYTHON)"
-	@echo "== torch $(TORCH) and what the demo and the tests need, into $(VENV): 5.5 GB, a minute or two on a fast line"
+	@echo "== torch $(TORCH) and what the demo and the tests need, into $(VENV): 5.7 GB, a minute or two on a fast line"
 	"$(PYTHON)" -m venv "$(VENV)"
 	$(BIN)/python -m pip install --progress-bar on $(foreach file,$(filter-out %/oracles.txt,$^),-r $(file))
 	@# What tests compare with and nothing depends on, in a folder of its own: it asks for a torch of long ago.
