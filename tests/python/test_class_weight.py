@@ -379,3 +379,16 @@ def test_numbers_of_the_old_classes_are_in_the_way():
     loss.margin, loss.class_weight = torch.full((9,), 0.2), torch.ones(9)
     x, _, y, _ = _problem()
     assert loss(x, y).isfinite()
+
+
+def test_buffers_that_it_does_not_know_and_parts_of_weights_are_in_the_way():
+    loss = _loss("ArcFaceLoss")
+    loss.register_buffer("mean_of_each", torch.zeros(C))
+    with pytest.raises(RuntimeError, match="resize_classes knows nothing of the buffer mean_of_each"):
+        loss.resize_classes(9)
+    assert loss.num_classes == C
+
+
+def test_one_center_of_each_class_keeps_the_weights_of_classes():
+    loss = _loss("SubCenterArcFaceLoss", class_weight=_weights())
+    assert torch.equal(loss.with_centers(torch.zeros(C, dtype=torch.int64)).class_weight, _weights())

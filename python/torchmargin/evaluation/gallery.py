@@ -55,7 +55,7 @@ class Gallery:
             raise ValueError(f"expected seed to be a whole number in [0, 2^31), but got {seed!r}")  # faiss's is an int
         if labels is None:
             labels = torch.arange(entries, device=embeddings.device)
-        self.labels = check_labels("labels", labels, entries).to(embeddings.device)
+        self.labels = check_labels("labels", labels, entries).to(embeddings.device, copy=True)
         fits = embeddings.device.type == "cpu" and embeddings.dtype != torch.float64
         if index != "builtin" and not fits:
             raise ValueError(

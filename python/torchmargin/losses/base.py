@@ -271,6 +271,11 @@ class MarginLoss(nn.Module):
                 f"{type(self).__name__}: {of_classes[0]} has a number for each of the {self.num_classes} old classes; "
                 f"set it to {none} before resize_classes, and to a tensor of the new ones after"
             )
+        of_rows = [name for name, buffer in self._buffers.items() if buffer is not None and buffer.dim() > 0]
+        if of_rows:
+            raise RuntimeError(f"{type(self).__name__}: resize_classes knows nothing of the buffer {of_rows[0]}")
+        if hasattr(self.weight, "device_mesh"):
+            raise RuntimeError(f"{type(self).__name__}: expected whole weights to resize, but they are a DTensor")
         device = self.weight.device
         if keep is None:
             keep = torch.arange(min(num_classes, self.num_classes))

@@ -98,6 +98,7 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            class_weight=self.class_weight,
             interclass_filter=self.interclass_filter,
             device=self.weight.device,
             dtype=self.weight.dtype,
