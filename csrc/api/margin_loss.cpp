@@ -71,16 +71,14 @@ torch::Tensor key_of(const torch::Tensor& embeddings, const torch::Tensor& label
 }
 
 torch::Tensor reduced(const torch::Tensor& penalty, const torch::Tensor& labels, const MarginLossOptions& options) {
+  const torch::Tensor valid = labels != options.ignore_index();
+  const torch::Tensor rows = at::where(valid, penalty, at::zeros({}, penalty.options()));
   if (const torch::Tensor& class_weight = options.class_weight(); class_weight.defined()) {
     const CrossEntropyOptions of_rows =
         make_cross_entropy_options("row_penalty", /*label_smoothing=*/0.0, options.ignore_index(), options.reduction());
-    const torch::Tensor valid = labels != options.ignore_index();
-    const torch::Tensor rows = at::where(valid, penalty, at::zeros({}, penalty.options()));
     return weighted_loss(rows, class_weight, labels, options.ignore_index(), of_rows.reduction)
         .to(penalty.scalar_type());
   }
-  const torch::Tensor valid = labels != options.ignore_index();
-  const torch::Tensor rows = at::where(valid, penalty, at::zeros({}, penalty.options()));
   if (options.reduction() == "none") {
     return rows;
   }

@@ -40,7 +40,7 @@ void check_class_weight(
 at::Tensor row_weights(const at::Tensor& class_weight, const at::Tensor& target, int64_t ignore_index) {
   const at::Tensor valid = target.ne(ignore_index);
   const at::Tensor place = at::where(valid, target, at::zeros({}, target.options()));
-  const at::Tensor of_rows = class_weight.to(at::kDouble).index_select(0, place);
+  const at::Tensor of_rows = class_weight.index_select(0, place).to(at::kDouble);
   return at::where(valid, of_rows, at::zeros({}, of_rows.options()));
 }
 

@@ -276,10 +276,11 @@ class ClassParallel(nn.Module):
         if penalty is not None:
             losses = losses + self._scaled(torch.where(valid, penalty, 0.0))
         count = (all_labels != loss.ignore_index).sum()
-        weights, of_all = loss._row_weights(labels), loss._row_weights(all_labels)
-        if weights is not None:
+        divisor = count
+        if (weights := loss._row_weights(labels)) is not None:
             losses = weights * losses
-        divisor = count if of_all is None else of_all.sum()
+        if loss.reduction == "mean" and (of_all := loss._row_weights(all_labels)) is not None:
+            divisor = of_all.sum()
         sums = [losses.sum() / divisor if loss.reduction == "mean" else losses.sum()]
         if return_statistics:
             right = mine.plain_target_logit > mine.max_other_logit
