@@ -226,6 +226,40 @@ def test_a_loss_made_on_meta_has_its_weights_when_it_is_given_memory():
     assert torch.equal(loss.to_empty(device="cpu").class_weight, _weights())
 
 
+@pytest.mark.parametrize("name", ["AdaFaceLoss", "CurricularFaceLoss", "SphereFaceLoss", "SphereFace2Loss"])
+def test_a_loss_made_on_meta_takes_the_tensors_of_a_state_dict(name):
+    """load_state_dict(assign=True): buffers that no state_dict has, or that this one lacks, are given memory too."""
+    x, _, y, _ = _problem()
+    plain = _loss(name, class_weight=_weights())
+    plain(x, y)  # moves its state
+    plain.scale = 5.0
+    state = copy.deepcopy(plain.state_dict())  # what is assigned is shared, and moves
+    x = x.detach().flip(0)  # another step
+    loss = _loss(name, class_weight=_weights(), device="meta")
+    loss.load_state_dict(state, assign=True)
+    assert loss.weight.data_ptr() == state["weight"].data_ptr() and not any(each.is_meta for each in loss.buffers())
+    assert loss.scale == 5.0 and {key: value.tolist() for key, value in loss.state_dict().items()} == {
+        key: value.tolist() for key, value in state.items()
+    }
+    assert torch.equal(loss(x, y), plain(x, y))
+    for some in ({"weight", "bias"}, state.keys() - {"norm_mean", "t", "steps", "scale"}):
+        loss, new = _loss(name, class_weight=_weights(), device="meta"), _loss(name, class_weight=_weights())
+        part = {key: value.clone() for key, value in plain.state_dict().items() if key in some}
+        missing = loss.load_state_dict(part, assign=True, strict=False).missing_keys
+        new.load_state_dict(copy.deepcopy(part), strict=False)
+        assert not set(missing) & some and not any(each.is_meta for each in loss.buffers())
+        assert torch.equal(loss(x, y), new(x, y))
+    loss = _loss(name, device="meta")  # weights that stay on meta
+    loss.load_state_dict({}, assign=True, strict=False)
+    assert all(each.is_meta for each in loss.state_dict().values())
+
+
+@pytest.mark.parametrize("number", ["margin", "class_weight"])
+def test_numbers_of_classes_are_not_on_meta(number):
+    with pytest.raises(ValueError, match=f"expected {number} to hold numbers, but it is on the meta device"):
+        _loss("ArcFaceLoss", device="meta", **{number: torch.ones(C, device="meta")})
+
+
 def test_the_statistics_do_not_weigh():
     x, _, y, _ = _problem()
     (plain, expected), (weighted, got) = (

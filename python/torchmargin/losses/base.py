@@ -728,7 +728,7 @@ class MarginLoss(nn.Module):
                 continue
             value = torch.as_tensor(self._numbers[name], dtype=torch.float64, device="cpu")
             buffer = self._buffers.get(name)
-            if buffer is not None and buffer.shape == value.shape:
+            if buffer is not None and buffer.shape == value.shape and buffer.device == device:
                 with torch.no_grad():
                     buffer.copy_(value)
             else:
@@ -798,6 +798,21 @@ class MarginLoss(nn.Module):
                         setattr(self, name, value.item() if value.dim() == 0 else value)
         except (RuntimeError, TypeError, ValueError) as error:
             error_msgs.append(f"{prefix or type(self).__name__}: {error}")
+        if local_metadata.get("assign_to_params_buffers", False):
+            self._leave_meta()
+
+    def _leave_meta(self) -> None:
+        """Buffers that are on meta while the weights are no more: numbers as they were set, state as at the start."""
+        device = self.weight.device
+        of_state = {name: of for name, of in self._buffers.items() if of is not None and name not in self._numbers}
+        if device.type == "meta":
+            return
+        self._write_numbers(self._numbers.keys())
+        if any(buffer.is_meta for buffer in of_state.values()):
+            self._buffers.update({name: torch.empty_like(buffer, device=device) for name, buffer in of_state.items()})
+            self.reset_state()
+            self._buffers.update({name: buffer for name, buffer in of_state.items() if not buffer.is_meta})
+        self._make_log()
 
 
 _spell_signature(MarginLoss)

@@ -67,6 +67,13 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _copied(name: str, value: Tensor) -> Tensor:
+    """Numbers of classes, in a float64 tensor of its own."""
+    if value.is_meta:
+        raise ValueError(f"expected {name} to hold numbers, but it is on the meta device; make it on another")
+    return value.detach().to(torch.float64, copy=True)
+
+
 class Number(Generic[Value]):
     """A number among a loss's attributes. ``check(name, value)`` raises ValueError for a bad one.
 
@@ -126,10 +133,9 @@ class Number(Generic[Value]):
                 f"{owner}: expected {self.name} not to require grad, there is no gradient to it; detach it, or return "
                 f"sample_m2 or sample_m3 from sample_margins"
             )
-        values = value.detach().to(torch.float64, copy=True)
-        if not values.is_meta:
-            # The one farthest from 0, or one that is no number, is what a check would refuse.
-            self.check(self.name, values[values.abs().nan_to_num(nan=math.inf).argmax()].item())
+        values = _copied(self.name, value)
+        # The one farthest from 0, or one that is no number, is what a check would refuse.
+        self.check(self.name, values[values.abs().nan_to_num(nan=math.inf).argmax()].item())
         return values
 
 
@@ -155,14 +161,13 @@ class ClassWeight(Number[Any]):
             )
         if value.requires_grad:
             raise TypeError(f"{wanted} without requires_grad, there is no gradient to it; detach it")
-        values = value.detach().to(torch.float64, copy=True)
-        if not values.is_meta:
-            bad = ~((values >= 0) & (values < math.inf))
-            if bad.any():
-                raise ValueError(
-                    f"expected {self.name} to be finite and not negative, but {self.name}[{int(bad.nonzero()[0])}] is "
-                    f"{values[bad][0].item()}"
-                )
+        values = _copied(self.name, value)
+        bad = ~((values >= 0) & (values < math.inf))
+        if bad.any():
+            raise ValueError(
+                f"expected {self.name} to be finite and not negative, but {self.name}[{int(bad.nonzero()[0])}] is "
+                f"{values[bad][0].item()}"
+            )
         return values
 
 
