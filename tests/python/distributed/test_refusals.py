@@ -196,6 +196,28 @@ def test_a_head_that_cannot_be(name):
             assert raised[0] == "RuntimeError" and "rank 1" in raised[1]
 
 
+def numbers_of_classes(rank, world, name):
+    """Numbers [C] that are the same on all ranks, and then other ones on the last."""
+    numbers = torch.linspace(0.1, 0.4, C)
+    values, raised = [], None
+    for other in (numbers, torch.where(torch.arange(C) == C - 1, 0.3, numbers)):
+        try:
+            head = make_head(world, make(**{name: other if rank == world - 1 else numbers}))
+            values.append(head(*batch(rank)).item())
+        except Exception as error:
+            raised = type(error).__name__, str(error)
+    return values, raised
+
+
+@pytest.mark.parametrize("name", ["margin", "class_weight"])
+def test_numbers_of_classes_that_differ_between_ranks(name):
+    results = on(3, numbers_of_classes, name, seconds=20)
+    (expected,) = results[0][0]
+    for (value,), raised in results:
+        assert value == expected and raised[0] == "RuntimeError"
+        assert f"rank 0 has {name}='[13] with the digest " in raised[1] and f"and rank 2 has {name}='[13]" in raised[1]
+
+
 def used_otherwise(rank, world):
     """What each misuse of a good head raises, and that it is good still."""
     head = make_head(world, blocks=2)
