@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import torchmargin
 import torchmargin.functional as F
@@ -422,12 +425,41 @@ def test_numbers_of_the_old_classes_are_in_the_way():
     assert loss(x, y).isfinite()
 
 
-def test_buffers_that_it_does_not_know_and_parts_of_weights_are_in_the_way():
+def test_buffers_that_it_does_not_know_and_parts_of_weights_are_in_the_way(tmp_path):
     loss = _loss("ArcFaceLoss")
     loss.register_buffer("mean_of_each", torch.zeros(C))
     with pytest.raises(RuntimeError, match="resize_classes knows nothing of the buffer mean_of_each"):
         loss.resize_classes(9)
     assert loss.num_classes == C
+    loss = _loss("ArcFaceLoss")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parts = distribute_tensor(loss.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        loss.weight = torch.nn.Parameter(parts)
+        with pytest.raises(RuntimeError, match="expected whole weights to resize, but they are a DTensor"):
+            loss.resize_classes(9)
+    finally:
+        dist.destroy_process_group()
+    assert loss.num_classes == C
+
+
+@pytest.mark.parametrize("name", ["AdaFaceLoss", "SphereFace2Loss"])
+def test_a_resize_that_fails_half_way_changes_nothing(name):
+    class Particular(getattr(torchmargin, name)):
+        def reset_state(self):
+            super().reset_state()
+            if self.num_classes == 9:
+                raise ArithmeticError("nine")
+
+    x, _, y, _ = _problem()
+    loss = Particular(D, C).double()
+    loss(x, y)
+    before, weight, tensors = copy.deepcopy(loss.state_dict()), loss.weight, list(loss.buffers())
+    with pytest.raises(ArithmeticError, match="nine"):
+        loss.resize_classes(9)
+    assert loss.num_classes == C and loss.weight is weight and all(a is b for a, b in zip(loss.buffers(), tensors))
+    after = loss.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_one_center_of_each_class_keeps_the_weights_of_classes():

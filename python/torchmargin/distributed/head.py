@@ -164,11 +164,7 @@ class ClassParallel(nn.Module):
         """
         if count < 1:
             raise ValueError(f"expected the number of new classes to be positive, but got {count}")
-        if any(number.dim() > 0 for number in self.loss._buffers.values() if number is not None):
-            raise RuntimeError(
-                "append_classes: the loss has a margin for each class; set it to a number, append, and give it "
-                "margins of all classes again"
-            )
+        self.loss._check_no_numbers_of_classes("append_classes")
         if self._prepared is not None:
             raise RuntimeError("append_classes: between prepare(labels) and its forward the classes stay as they are")
         if self._steps_in_backward:

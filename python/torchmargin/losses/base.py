@@ -141,8 +141,9 @@ class MarginLoss(nn.Module):
         bias: whether there is a bias [C].
         label_smoothing, ignore_index, reduction: as in torch.nn.CrossEntropyLoss.
         class_weight: as ``weight`` there, [C]: each row's loss is multiplied by the weight of its class, and "mean"
-            divides by the sum of the rows' weights. Finite, not negative; not in the state_dict, and not counted by
-            the statistics. There is no label_smoothing beside it.
+            divides by the sum of the rows' weights, which is NaN for a batch of none but weightless rows. Finite, not
+            negative; not in the state_dict, and not counted by the statistics. There is no label_smoothing beside it.
+            As of any tensor [C], a copy is taken: set another to change it.
         sub_centers: K, at most 255: weights are [C K, D], class j has the rows j K ... j K + K - 1, and its cosine is
             the largest of theirs.
         interclass_filter: other classes whose cosine is above it have logit 0 and no gradient, as InsightFace's
@@ -264,16 +265,7 @@ class MarginLoss(nn.Module):
         self._check_holds_weights()
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
             raise ValueError(f"expected num_classes to be a positive int, but got {num_classes!r}")
-        of_classes = [name for name, number in self._numbers.items() if isinstance(number, Tensor)]
-        if of_classes:
-            none = "None" if of_classes[0] == "class_weight" else "one number"
-            raise RuntimeError(
-                f"{type(self).__name__}: {of_classes[0]} has a number for each of the {self.num_classes} old classes; "
-                f"set it to {none} before resize_classes, and to a tensor of the new ones after"
-            )
-        of_rows = [name for name, buffer in self._buffers.items() if buffer is not None and buffer.dim() > 0]
-        if of_rows:
-            raise RuntimeError(f"{type(self).__name__}: resize_classes knows nothing of the buffer {of_rows[0]}")
+        self._check_no_numbers_of_classes("resize_classes")
         if hasattr(self.weight, "device_mesh"):
             raise RuntimeError(f"{type(self).__name__}: expected whole weights to resize, but they are a DTensor")
         device = self.weight.device
@@ -285,25 +277,43 @@ class MarginLoss(nn.Module):
         keep = keep.cpu()
         if len(keep) and not (0 <= keep.min() and keep.max() < self.num_classes):
             raise IndexError(f"expected keep to hold classes in [0, {self.num_classes}), but got {keep.tolist()}")
-        old_weight, old_bias = self.weight, self.bias
+        old_classes, old_weight, old_bias = self.num_classes, self.weight, self.bias
         centers = (keep[:, None] * self.sub_centers + torch.arange(self.sub_centers)).flatten().to(device)
-        state = {name: buffer.clone() for name, buffer in self._buffers.items() if buffer is not None}
-        self.num_classes = num_classes
-        self.weight = nn.Parameter(
-            old_weight.new_empty(num_classes * self.sub_centers, self.in_features), old_weight.requires_grad
-        )
-        if old_bias is not None and old_bias.dim() == 1:
-            self.bias = nn.Parameter(old_bias.new_empty(num_classes), old_bias.requires_grad)
-        one_bias = old_bias if old_bias is not None and old_bias.dim() == 0 else None
-        before = None if one_bias is None else one_bias.clone()
-        self.reset_parameters()
-        for name, buffer in state.items():
-            self.number(name).copy_(buffer)
+        buffers = dict(self._buffers)
+        kept = [(buffer, buffer.clone()) for buffer in buffers.values() if buffer is not None]
+        if old_bias is not None and old_bias.dim() == 0:
+            kept.append((old_bias, old_bias.clone()))
+        try:
+            self.num_classes = num_classes
+            self.weight = nn.Parameter(
+                old_weight.new_empty(num_classes * self.sub_centers, self.in_features), old_weight.requires_grad
+            )
+            if old_bias is not None and old_bias.dim() == 1:
+                self.bias = nn.Parameter(old_bias.new_empty(num_classes), old_bias.requires_grad)
+            self.reset_parameters()
+        except BaseException:  # a subclass that starts in its own way
+            self.num_classes, self.weight, self.bias = old_classes, old_weight, old_bias
+            raise
+        finally:
+            self._buffers.update(buffers)
+            for tensor, value in kept:
+                tensor.copy_(value)
         self.weight[: len(centers)] = old_weight[centers]
-        if before is not None and one_bias is not None:
-            one_bias.copy_(before)
-        elif old_bias is not None and self.bias is not None:
+        if old_bias is not None and old_bias.dim() == 1 and self.bias is not None:
             self.bias[: len(keep)] = old_bias[keep.to(device)]
+
+    def _check_no_numbers_of_classes(self, caller: str) -> None:
+        """Before there are other classes."""
+        of_classes = [name for name, number in self._numbers.items() if isinstance(number, Tensor)]
+        if of_classes:
+            none = "None" if of_classes[0] == "class_weight" else "one number"
+            raise RuntimeError(
+                f"{type(self).__name__}: {of_classes[0]} has a number for each of the {self.num_classes} old classes; "
+                f"set it to {none} before {caller}, and to a tensor of all the new ones after"
+            )
+        unknown = [name for name, buffer in self._buffers.items() if buffer is not None and buffer.dim() > 0]
+        if unknown:
+            raise RuntimeError(f"{type(self).__name__}: {caller} knows nothing of the buffer {unknown[0]}")
 
     @property
     def acc_dtype(self) -> torch.dtype:

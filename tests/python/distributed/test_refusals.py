@@ -260,6 +260,8 @@ def used_otherwise(rank, world):
     attempt("a state_dict as the weight", lambda: import_weight(head, {"weight": None}))
     margins = torchmargin.CosFaceLoss(D, C, margin=torch.linspace(0.1, 0.4, C))
     attempt("appended without margins", lambda: make_head(world, margins).append_classes(2))
+    weighted = make(class_weight=torch.ones(C))
+    attempt("appended without weights", lambda: make_head(world, weighted).append_classes(2))
     return raised, head(x, y).item()
 
 
@@ -281,7 +283,10 @@ MISUSES = {
     "losses of rows while it steps": "RuntimeError: ClassParallel: step_in_backward wants a scalar loss",
     "no weight": "ValueError: import_weight: expected a weight of shape",
     "a state_dict as the weight": "ValueError: import_weight: expected a weight of shape",
-    "appended without margins": "RuntimeError: append_classes: the loss has a margin for each class",
+    "appended without margins": "RuntimeError: CosFaceLoss: margin has a number for each of the 13 old classes; set it "
+    "to one number before append_classes",
+    "appended without weights": "RuntimeError: ArcFaceLoss: class_weight has a number for each of the 13 old classes; "
+    "set it to None before append_classes",
 }
 
 
