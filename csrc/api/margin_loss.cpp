@@ -306,7 +306,8 @@ void MarginLossBase::print(std::ostream& stream) const {
   stream << ", extension='" << extension_name(margin.extension) << "', margin_gradient='"
          << margin_gradient_name(margin.margin_gradient) << "', label_smoothing=" << options.label_smoothing()
          << ", ignore_index=" << options.ignore_index() << ", reduction='" << options.reduction()
-         << "', bias=" << (options.bias() ? "true" : "false") << ")";
+         << "', bias=" << (options.bias() ? "true" : "false")
+         << (options.class_weight().defined() ? ", class_weight=one of each class)" : ")");
 }
 
 } // namespace torchmargin::nn

@@ -193,6 +193,10 @@ TEST(Modules, Errors) {
   printed << *loss;
   EXPECT_NE(printed.str().find("ArcFaceLoss"), std::string::npos);
   EXPECT_NE(printed.str().find("(in_features=6, num_classes=21, scale=64, m1=1, m2=0.5"), std::string::npos);
+  EXPECT_EQ(printed.str().find("class_weight"), std::string::npos);
+  loss->options.class_weight(torch::ones(21));
+  printed << *loss;
+  EXPECT_NE(printed.str().find("bias=false, class_weight=one of each class)"), std::string::npos);
 }
 
 } // namespace
