@@ -86,6 +86,21 @@ def test_the_examples_search_of_a_gallery_is_pythons(consumer, tmp_path, probes,
     assert all(len(set(row)) == k for row in found.tolist())
 
 
+@pytest.mark.parametrize(
+    ("sizes", "k", "message"),
+    [
+        ([(2, 8), (3, 8)], 4, "expected k in [1, 3], the size of the gallery, but got 4"),
+        ([(2, 8), (3, 8)], 0, "expected k in [1, 3], the size of the gallery, but got 0"),
+        ([(2, 8), (0, 8)], 1, "expected k in [1, 0], the size of the gallery, but got 1"),
+        ([(2, 8), (3, 7)], 1, "expected probes [P, D] and a gallery [G, D], but got [2, 8] and [3, 7]"),
+    ],
+)
+def test_the_examples_search_refuses(consumer, tmp_path, sizes, k, message):
+    torch.save({name: torch.ones(size) for name, size in zip(("probes", "gallery"), sizes)}, tmp_path / "inputs.pt")
+    status, text = _run(consumer / "search_gallery", tmp_path / "inputs.pt", k)
+    assert status != 0 and f"search_gallery: {message}" in text
+
+
 def test_the_examples_verification_is_pythons(consumer, tmp_path):
     from torchmargin.evaluation import pairs, verification
 
