@@ -456,3 +456,242 @@ def test_what_the_hooks_cannot_read_is_refused_by_the_op(name):
             loss(embeddings, labels)
     assert len(loss.weight) == C * loss.sub_centers
     assert all(torch.equal(buffer, state[key]) for key, buffer in loss.named_buffers())
+
+
+# ---- numbers that others put into the buffers ------------------------------------------------------------------------
+
+
+def _fresh(name, **options):
+    """A loss made with these numbers, and its results on a batch: what any other way of giving them must come to."""
+    loss = _make(name, **options)
+    return loss, _results(loss, *_batch())
+
+
+# Every number that the op takes as a float, beside those that it reads from buffers.
+FLOATS = [("ArcFaceLoss", "scale"), ("ArcFaceLoss", "margin"), ("CombinedMarginLoss", "m1")]
+FLOATS += [(name, number) for name, numbers in OF_THE_OP.items() for number in sorted(numbers)]
+
+
+@pytest.mark.parametrize(("name", "number"), FLOATS)
+@pytest.mark.parametrize("write", ["copy_", "data", "state_dict", "fill_"])
+def test_a_number_that_others_write_to_its_buffer_counts_in_training(name, number, write):
+    """DistributedDataParallel's constructor and its steps give every rank the buffers of rank 0."""
+    value = NUMBERS[name][number]
+    loss, expected = _make(name), _fresh(name, **{number: value})[1]
+    x, y = _batch()
+    before = _results(loss, x, y)
+    new = torch.tensor(value, dtype=torch.float64)
+    if write == "copy_":
+        loss.number(number).copy_(new)
+    elif write == "data":  # autograd's counter does not see it
+        loss.number(number).data.copy_(new)
+    elif write == "state_dict":
+        loss.state_dict()[number].copy_(new)
+    else:
+        loss.number(number).fill_(value)
+    loss.reset_state()
+    after = _results(loss, x, y)
+    assert getattr(loss, number) == value and _equal(after, expected) and not _equal(after, before)
+
+
+def test_two_ranks_under_ddp_have_the_numbers_that_rank_0_has_loaded(tmp_path):
+    """A checkpoint that rank 0 alone loads before the wrapping: torch's tutorials do it so."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=_ddp_rank, args=(rank, str(tmp_path), queue)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    values = dict(queue.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        rank.join(timeout=60)
+        assert rank.exitcode == 0
+    expected = [
+        _fresh("SphereFace2Loss", scale=10.0, t=2.0)[1][0].item(),
+        _fresh("ArcFaceLoss", scale=9.0)[1][0].item(),
+    ]
+    assert values == {0: expected, 1: expected}
+
+
+def _ddp_rank(rank, folder, queue):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    x, y = _batch_of_a_rank()
+    values = []
+    for name, numbers in (("SphereFace2Loss", {"scale": 10.0, "t": 2.0}), ("ArcFaceLoss", {"scale": 9.0})):
+        loss = _make(name, **(numbers if rank == 0 else {}))
+        wrapped = torch.nn.parallel.DistributedDataParallel(loss)
+        value = wrapped(x, y)
+        value.backward()
+        values.append(value.item())
+    queue.put((rank, values))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _batch_of_a_rank():
+    torch.manual_seed(7)
+    return _batch()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_functional_call_lends_numbers_and_keeps_its_hands_off(training):
+    lent = {"scale": torch.tensor(40.0, dtype=torch.float64), "margin": torch.tensor(0.1, dtype=torch.float64)}
+    loss, expected = _make("ArcFaceLoss").train(training), _make("ArcFaceLoss", scale=40.0, margin=0.1)
+    x, y = _batch()
+    before = loss(x, y)
+    assert torch.equal(torch.func.functional_call(loss, lent, (x, y)), expected(x, y))
+    assert torch.equal(loss(x, y), before) and torch.equal(loss.logits(x), _make("ArcFaceLoss").logits(x))
+
+
+def test_a_number_of_the_op_is_one_for_all_and_has_no_gradient():
+    x, y = _batch()
+    losses = [_make("ArcFaceLoss", scale=scale) for scale in (10.0, 20.0)]
+    parameters, buffers = torch.func.stack_module_state(losses)
+    call = lambda p, b: torch.func.functional_call(losses[0], (p, b), (x, y))  # noqa: E731
+    message = "ArcFaceLoss: expected scale to be one number for all, without a gradient"
+    with pytest.raises(RuntimeError, match=message):
+        torch.vmap(call)(parameters, buffers)
+    buffers["scale"] = losses[0].number("scale")  # the margins of both are in their buffers
+    buffers["margin"] = torch.tensor([0.5, 0.1], dtype=torch.float64)
+    found = torch.vmap(call, in_dims=(0, {"scale": None, "margin": 0}))(parameters, buffers)
+    expected = [_make("ArcFaceLoss", scale=10.0, margin=margin)(x, y) for margin in (0.5, 0.1)]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=0)
+    with pytest.raises(RuntimeError, match=message):
+        learned = torch.tensor(40.0, dtype=torch.float64, requires_grad=True)
+        torch.func.functional_call(losses[0], {"scale": learned}, (x, y))
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.grad(lambda scale: torch.func.functional_call(losses[0], {"scale": scale}, (x, y)))(learned.detach())
+
+
+def test_what_is_compiled_or_exported_has_the_numbers_of_the_last_eval():
+    from torch.optim.swa_utils import AveragedModel
+
+    torch._dynamo.reset()
+    loss = _make("ArcFaceLoss", scale=10.0)
+    average = AveragedModel(loss, use_buffers=True)
+    for number in (20.0, 40.0):
+        loss.scale = number
+        average.update_parameters(loss)
+    average.eval()
+    x, y = _batch()
+    expected = _make("ArcFaceLoss", scale=average.module.scale)
+    assert average.module.scale > 20
+    compiled = torch.compile(average, backend="aot_eager")
+    assert torch.equal(compiled(x, y), expected(x, y))
+    program = torch.export.export(_Logits(average.module), (x.detach(),))
+    assert torch.equal(program.module()(x.detach()), expected.logits(x))
+
+
+class _Logits(torch.nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, x):
+        return self.loss.logits(x)
+
+
+def test_a_replica_of_data_parallel_computes_with_its_copies():
+    """What torch.nn.parallel.replicate does with a module for each GPU, on the CPU."""
+    for name in ("ArcFaceLoss", "AdaFaceLoss", "SphereFace2Loss"):
+        loss, (x, y) = _make(name), _batch()
+        expected = _results(copy.deepcopy(loss), x, y)
+        replica = loss._replicate_for_data_parallel()
+        for key, parameter in loss._parameters.items():
+            setattr(replica, key, None if parameter is None else parameter.clone())
+        for key, buffer in loss._buffers.items():
+            setattr(replica, key, None if buffer is None else buffer.clone())
+        value = replica(x, y)
+        got = [value.detach(), *torch.autograd.grad(value, (x, loss.weight)), replica.logits(x).detach()]
+        assert _equal(got, expected)
+        assert not any(each is mine for each in replica.buffers() for mine in loss.buffers())
+
+
+def test_a_number_set_in_inference_mode_can_be_set_afterwards():
+    loss = _make("ArcFaceLoss")
+    with torch.inference_mode():
+        loss.margin = torch.full((C,), 0.2)
+    loss.margin = torch.full((C,), 0.3)
+    with torch.inference_mode():
+        loss.margin = 0.1
+    loss.margin = 0.2
+    x, y = _batch()
+    assert torch.equal(loss(x, y), _make("ArcFaceLoss", margin=0.2)(x, y))
+
+
+def test_margins_of_other_classes_than_the_weights_are_refused():
+    loss = _make("ArcFaceLoss", margin=torch.full((C,), 0.2))
+    loss.weight.data = torch.randn(C + 2, D, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"expected weight to have the rows of 17 classes, which margin has numbers"):
+        loss(*_batch())
+
+
+def test_a_class_attribute_does_not_hide_a_number():
+    message = "Hidden: margin is a number of ArcFaceLoss, which a class attribute would hide; give it to super"
+    with pytest.raises(TypeError, match=message):
+
+        class Hidden(torchmargin.ArcFaceLoss):
+            margin = 0.3
+
+
+def test_a_number_before_the_constructor_is_refused():
+    class Early(torchmargin.ArcFaceLoss):
+        def __init__(self):
+            self.margin = 0.3
+            super().__init__(D, C)
+
+    with pytest.raises(AttributeError, match=r"Early: cannot set margin before super\(\).__init__\(\) is called"):
+        Early()
+
+
+class _Value(_Logits):
+    def forward(self, x, y):
+        return self.loss(x, y)
+
+
+def test_a_symbolic_tracer_is_refused():
+    """It would call the op with what stands for the embeddings, and without the margin."""
+    with pytest.raises(TypeError, match="ArcFaceLoss: expected tensors, but got Proxy and Proxy; a symbolic tracer"):
+        torch.fx.symbolic_trace(_Value(_make("ArcFaceLoss")))
+
+
+@pytest.mark.parametrize("how", ["old weight_norm", "weight_norm", "spectral_norm", "prune"])
+@pytest.mark.parametrize("name", ["ArcFaceLoss", "AdaFaceLoss"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_weight_that_is_computed(name, how):
+    from torch.nn.utils import parametrizations, prune, weight_norm
+
+    loss, (x, y) = _make(name), _batch()
+    if how == "old weight_norm":
+        loss = weight_norm(loss)
+    elif how == "prune":
+        prune.l1_unstructured(loss, "weight", amount=0.3)
+    else:
+        getattr(parametrizations, how)(loss)
+    loss.eval()
+    loss(x, y)  # a hook computes the weight before a call
+    expected = _make(name).eval()
+    expected.weight = torch.nn.Parameter(loss.weight.detach().clone())
+    assert torch.equal(loss(x, y), expected(x, y)) and torch.equal(loss.logits(x), expected.logits(x))
+    loss.train()(x, y).backward()
+    computed = [parameter for key, parameter in loss.named_parameters() if key != "weight"]
+    assert computed and all(parameter.grad is not None for parameter in computed)
+    with pytest.raises(RuntimeError, match="expected weight to be a parameter to resize, but it is computed"):
+        loss.resize_classes(C + 1)
+
+
+def test_averages_go_on_when_a_class_weight_is_taken_away_and_given_back():
+    from torch.optim.swa_utils import AveragedModel
+
+    loss = _make("CurricularFaceLoss", class_weight=torch.ones(C))
+    average = AveragedModel(loss, use_buffers=True)
+    average.update_parameters(loss)
+    order = [name for name, _ in loss.named_buffers()]
+    loss.class_weight = None
+    assert "class_weight" not in dict(loss.named_buffers())
+    loss.class_weight = torch.full((C,), 2.0)
+    assert [name for name, _ in loss.named_buffers()] == order
+    average.update_parameters(loss)
+    assert average.module.class_weight[0] == 1.5

@@ -322,3 +322,20 @@ def test_the_signature_of_a_loss_of_ones_own_is_its_own():
 
     assert inspect.signature(Plain) == inspect.signature(torchmargin.ArcFaceLoss)
     assert list(inspect.signature(Fixed).parameters) == ["classes", "options"]
+
+
+def test_a_loss_that_reads_the_angle_overrides_what_it_likes():
+    """The base's own hooks are not given an angle that they do not take."""
+
+    class Reads(torchmargin.MarginLoss):
+        reads_angle = True
+
+        def sample_margins(self, embeddings, labels, angle):
+            return {"sample_m2": 0.25 * angle.double()}
+
+    x, w, y = torch.randn(9, 6, dtype=torch.float64), torch.randn(7, 6, dtype=torch.float64), torch.arange(9) % 7
+    loss = Reads(w.shape[1], w.shape[0], scale=8.0).double()
+    loss.weight.data.copy_(w)
+    angle = torchmargin.functional.linear_target_angle(x, w, y)
+    expected = torchmargin.functional.linear_margin_cross_entropy(x, w, y, scale=8.0, sample_m2=0.25 * angle)
+    assert torch.equal(loss(x, y), expected)

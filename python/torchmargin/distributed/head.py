@@ -243,8 +243,7 @@ class ClassParallel(nn.Module):
         self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, MarginStatistics]:
         loss, ops = self.loss, torch.ops.torchmargin
-        if not self.training:
-            loss._follow_buffers()
+        loss._follow_buffers()
         all_labels = self._labels_of_all(embeddings, labels)
         per_rank = all_labels.shape[0] // self.mesh.size()
         self._check_gradients_agree(embeddings)
@@ -699,8 +698,12 @@ def _check_loss(loss: MarginLoss) -> None:
             f"expected a loss with MarginLoss's forward, but {type(loss).__name__} has its own, which knows nothing of "
             f"ranks; a loss says what it adds in sample_margins, advance and row_penalty"
         )
-    if "weight" not in loss._parameters:
+    if not loss._holds_weights:
         raise ValueError("expected a loss with its own weights, but they are in a ClassParallel already")
+    if "weight" not in loss._parameters:
+        raise TypeError(
+            "expected a loss whose weight is a parameter, but it is computed: by a parametrization or a hook"
+        )
     others = [name for name, _ in loss.named_parameters() if name not in ("weight", "bias")]
     if others:
         raise TypeError(f"expected a loss without parameters beside weight and bias, but got {', '.join(others)}")

@@ -27,9 +27,9 @@ def stays_in_python(method: Method) -> Method:
     return cast(Method, torch.jit.ignore(method))
 
 
-def _given(angle: Tensor | None) -> tuple[Any, ...]:
-    """What a hook gets beside embeddings and labels."""
-    return () if angle is None else (angle,)
+def _as_always() -> contextlib.AbstractContextManager[object]:
+    """What is made inside can be written to outside of inference mode too."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
 def _spell_signature(cls: type[nn.Module]) -> None:
@@ -117,7 +117,7 @@ class MarginLoss(nn.Module):
     :meth:`sample_margins` for a margin that differs from row to row, :meth:`negatives` for what happens to the logits
     of other classes, :meth:`advance` for state that moves with training, :meth:`row_penalty` for what is added to a
     row's loss. A loss with ``reads_angle = True`` gets the angle [B] of each row to its class, detached, as a third
-    argument of the first three.
+    argument of those of the first three that it overrides: no gradient goes through it.
 
     ``loss(embeddings, labels)`` takes embeddings [B, D] and labels [B] int64 and returns the loss, a
     scalar (or [B] with reduction "none") in float64 for float64 weights and float32 otherwise. With
@@ -156,6 +156,7 @@ class MarginLoss(nn.Module):
         bias: Tensor | None
         interclass_filter: float | None
         _unsaved: ClassVar[frozenset[str]]
+        _floats: ClassVar[frozenset[str]]
         _options: ClassVar[dict[str, type | tuple[str, ...]]]
         _roles: ClassVar[dict[str, str]]
 
@@ -172,6 +173,8 @@ class MarginLoss(nn.Module):
 
     # Numbers that are not in the state_dict: they do not make logits, or this loss has them fixed.
     _unsaved = frozenset({"label_smoothing"})
+    # Numbers that the op takes as floats, in place of m1 what stands for it: no tensor that autograd or vmap follows.
+    _floats = frozenset({"scale", "m1"})
     # Attributes beside numbers that are checked when they are set: of which type, or which values.
     _options = {
         "extension": str,
@@ -184,7 +187,7 @@ class MarginLoss(nn.Module):
     }
     # The numbers that stand for the op's m1, m2 and m3; see __init_subclass__.
     _roles = {"m1": "m1", "m2": "m2", "m3": "m3"}
-    # A model that holds a loss can be scripted; the loss itself stays in Python.
+    # A model that holds a loss and does not call it can be scripted; the loss itself stays in Python.
     __jit_unused_properties__ = ["acc_dtype", "_holds_weights"]
     __jit_ignored_attributes__ = ["scale", "m1", "m2", "m3", "class_weight"]
 
@@ -220,7 +223,8 @@ class MarginLoss(nn.Module):
         self._changed: dict[str, None] | None = None  # in order: every process has the same buffers in the same order
         self._moving: list[str] = []
         self._recalls: Tensor | None = None
-        self._written: dict[str, int] = {}  # the versions of buffers when numbers were written to them
+        self._seen: dict[str, tuple[Tensor, int]] = {}  # the buffers that numbers were read from, and their versions
+        self._spread = False  # are its weights elsewhere?
         self._non_persistent_buffers_set.add("class_weight")
         with self._checked_together():
             self.scale = scale
@@ -265,6 +269,10 @@ class MarginLoss(nn.Module):
         self._check_holds_weights()
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
             raise ValueError(f"expected num_classes to be a positive int, but got {num_classes!r}")
+        if "weight" not in self._parameters:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected weight to be a parameter to resize, but it is computed"
+            )
         self._check_no_numbers_of_classes("resize_classes")
         if hasattr(self.weight, "device_mesh"):
             raise RuntimeError(f"{type(self).__name__}: expected whole weights to resize, but they are a DTensor")
@@ -364,13 +372,16 @@ class MarginLoss(nn.Module):
     def forward(
         self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, MarginStatistics]:
+        """The loss of embeddings [B, D] and labels [B] int64, reduced; with statistics (loss, MarginStatistics)."""
         self._check_holds_weights()
-        if not self.training:
-            self._follow_buffers()
+        self._follow_buffers()
         op = self._op(return_statistics)
         if not self._fits(embeddings, labels):  # the op says what is wrong
-            refused: Tensor = op(embeddings, self.weight, labels, self.bias, **self._margin(), **self._reduction())
-            return refused
+            op(embeddings, self.weight, labels, self.bias, **self._margin(), **self._reduction())
+            raise TypeError(
+                f"{type(self).__name__}: expected tensors, but got {type(embeddings).__name__} and "
+                f"{type(labels).__name__}; a symbolic tracer takes a loss as a leaf, torch.export traces it"
+            )
         class_weight = self._buffers.get("class_weight")
         compute_dtype = self._compute_dtype(embeddings)
         embeddings = self._widened(embeddings)
@@ -502,17 +513,26 @@ class MarginLoss(nn.Module):
         )
         return angle
 
+    def _given(self, hook: str, angle: Tensor | None) -> tuple[Any, ...]:
+        """What a hook gets beside embeddings and labels; the base's own read no angle."""
+        return () if angle is None or getattr(type(self), hook) is getattr(MarginLoss, hook) else (angle,)
+
     def _negatives(self, embeddings: Tensor, labels: Tensor, angle: Tensor | None) -> dict[str, Tensor]:
-        return dict(self.negatives(embeddings, labels, *_given(angle)))
+        return dict(self.negatives(embeddings, labels, *self._given("negatives", angle)))
 
     def _row_margins(self, embeddings: Tensor, labels: Tensor, angle: Tensor | None = None) -> dict[str, Tensor]:
-        margins = dict(self.sample_margins(embeddings, labels, *_given(angle)))
+        margins = dict(self.sample_margins(embeddings, labels, *self._given("sample_margins", angle)))
         for role in ("m2", "m3"):
             number = self._buffers.get(self._roles[role])
             if number is None:
                 continue
-            # A copy: the margin may change before the backward pass.
             of_classes = number.dim() > 0
+            if of_classes and len(number) * self.sub_centers != self.weight.shape[0]:
+                raise RuntimeError(
+                    f"{type(self).__name__}: expected weight to have the rows of {len(number)} classes, which "
+                    f"{self._roles[role]} has numbers for, but got {list(self.weight.shape)}"
+                )
+            # A copy: the margin may change before the backward pass.
             own = number[labels.clamp(0, len(number) - 1)] if of_classes else number.expand(labels.shape[0]).clone()
             given = margins.get(f"sample_{role}")
             margins[f"sample_{role}"] = own if given is None else own + given.double()
@@ -567,7 +587,7 @@ class MarginLoss(nn.Module):
         before = clones if compiling else buffers
         with torch.no_grad():
             try:
-                self.advance(embeddings, labels, *_given(angle))
+                self.advance(embeddings, labels, *self._given("advance", angle))
                 if not names:
                     return {}, None
                 state = torch.stack([self.number(name).double() for name in names])
@@ -603,7 +623,11 @@ class MarginLoss(nn.Module):
         """
         buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         self._moving = [name for name, buffer in buffers.items() if buffer.dim() == 0 and name not in self._numbers]
-        states, device = len(self._moving), self.weight.device
+        weight: Tensor | None = getattr(self, "weight", None)
+        if weight is None:  # torch.nn.utils.prune is about to compute it: the first call makes the log
+            self._recalls = None
+            return
+        states, device = len(self._moving), weight.device
         if self._recalls is None or self._recalls.shape != log_shape(states) or self._recalls.device != device:
             self._recalls = empty_log(states, device)
 
@@ -611,7 +635,7 @@ class MarginLoss(nn.Module):
 
     @property
     def _holds_weights(self) -> bool:
-        return "weight" in self._parameters
+        return not self._spread
 
     def _check_holds_weights(self) -> None:
         if not self._holds_weights:
@@ -622,6 +646,7 @@ class MarginLoss(nn.Module):
     def _hand_over_weights(self) -> tuple[Tensor, Tensor | None]:
         """Its weight and bias, for torchmargin.distributed to hold: this module keeps the margin and its state."""
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        self._spread = True
         del self.weight
         self.bias = None
         self._hold_no_weights(self.num_classes, like=weight)
@@ -648,13 +673,23 @@ class MarginLoss(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _spell_signature(cls)
+        for name, member in vars(cls).items():
+            known = getattr(super(cls, cls), name, None)
+            if isinstance(known, Number) and not isinstance(member, Number):
+                raise TypeError(
+                    f"{cls.__name__}: {name} is a number of {cls.__mro__[1].__name__}, which a class attribute would "
+                    f"hide; give it to super().__init__(), or set self.{name} behind it"
+                )
         members = {role: getattr(cls, role) for role in ("m1", "m2", "m3")}
         cls._roles = {role: member.of if isinstance(member, Alias) else role for role, member in members.items()}
+        cls._floats = frozenset(cls._roles.get(name, name) for name in cls._floats)
         cls.__jit_ignored_attributes__ = [name for name in dir(cls) if isinstance(getattr(cls, name), Number)]
 
     def __setattr__(self, name: str, value: Any) -> None:
         member = getattr(type(self), name, None)
-        if isinstance(member, Number):
+        if "_is_replica" in self.__dict__ and name in self._buffers:  # nn.DataParallel hands out its copies
+            self._buffers[name] = value
+        elif isinstance(member, Number):
             member.__set__(self, value)
         elif name in self._options:
             self._set_option(name, value)
@@ -702,6 +737,8 @@ class MarginLoss(nn.Module):
             check_finite("interclass_filter", self.interclass_filter)
 
     def _set_number(self, number: Number[Any], value: float | Tensor | None) -> None:
+        if "_changed" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__}: cannot set {number.name} before super().__init__() is called")
         with self._checked_together():
             checked = number.checked(self, value)
             if checked is None:
@@ -734,7 +771,8 @@ class MarginLoss(nn.Module):
             if name in self._unsaved:
                 continue
             if name not in self._numbers:
-                self._buffers.pop(name, None)
+                if name in self._buffers:  # its place stays: averages of modules go by the order
+                    self._buffers[name] = None
                 continue
             value = torch.as_tensor(self._numbers[name], dtype=torch.float64, device="cpu")
             buffer = self._buffers.get(name)
@@ -742,24 +780,58 @@ class MarginLoss(nn.Module):
                 with torch.no_grad():
                     buffer.copy_(value)
             else:
-                buffer = self._buffers[name] = value.clone().to(device)
-            self._written[name] = version_of(buffer)
+                with _as_always():
+                    buffer = self._buffers[name] = value.clone().to(device)
+            if name in self._seen:
+                self._seen[name] = (buffer, version_of(buffer))
 
-    def _follow_buffers(self) -> None:
-        """Numbers that others have written to their buffers, as an average of modules does, count as if they were set.
+    def _follow_buffers(self, names: Iterable[str] | None = None) -> None:
+        """Numbers that others have put into their buffers count as if they were set.
 
-        Where a call is for inference: DistributedDataParallel copies buffers in every step of training, and to read
-        them is to wait for the device.
+        DistributedDataParallel copies rank 0's, an average of modules has its own, functional_call lends some. On the
+        CPU every call reads them. Elsewhere to read is to wait for the device: the first call reads them (the first one
+        after train() or eval(), a cast, a load), and later ones what is another tensor; in inference, what was written
+        to as well. In training that would be all of them in every step, which DistributedDataParallel writes.
+
+        names: all that are read as floats, as every call wants, or others.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
             return
-        for name in self._numbers:
+        for name in self._floats if names is None else names:
             buffer = self._buffers.get(name)
-            if buffer is None or buffer.dim() > 0 or buffer.is_meta or self._written.get(name) == version_of(buffer):
+            if buffer is None or buffer.dim() > 0 or buffer.is_meta:
                 continue
-            if type(buffer) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(buffer):
-                self._numbers[name] = buffer.item()
-                self._written[name] = version_of(buffer)
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(buffer)
+            if (wrapped or buffer.requires_grad) and name in self._floats:
+                raise RuntimeError(
+                    f"{type(self).__name__}: expected {name} to be one number for all, without a gradient: the op "
+                    f"takes it as a float, which neither autograd nor vmap follows"
+                )
+            if wrapped or type(buffer) is not Tensor:
+                continue
+            if not buffer.is_cpu:
+                seen, version = self._seen.get(name), version_of(buffer)
+                if seen is not None and seen[0] is buffer and (self.training or seen[1] == version):
+                    continue
+                if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
+                    continue
+                self._seen[name] = (buffer, version)
+            self._numbers[name] = buffer.item()
+
+    def _look_again(self) -> None:
+        self._seen.clear()
+        self._follow_buffers(tuple(self._numbers))
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's; numbers that others have put into their buffers are what compiled calls take from here."""
+        super().train(mode)
+        self._look_again()
+        return self
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._numbers, replica._seen = dict(self._numbers), {}
+        return cast(Self, replica)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """No cast changes a buffer: numbers stay float64, statistics keep the digits that small steps need.
@@ -781,6 +853,7 @@ class MarginLoss(nn.Module):
             self._write_numbers(self._numbers.keys())
             self.reset_state()
         self._make_log()
+        self._seen.clear()
         return self
 
     def _load_from_state_dict(
@@ -808,6 +881,7 @@ class MarginLoss(nn.Module):
                         setattr(self, name, value.item() if value.dim() == 0 else value)
         except (RuntimeError, TypeError, ValueError) as error:
             error_msgs.append(f"{prefix or type(self).__name__}: {error}")
+        self._seen.clear()
         if local_metadata.get("assign_to_params_buffers", False):
             self._leave_meta()
 

@@ -153,6 +153,7 @@ class InterTopKArcFaceLoss(MarginLoss):
 
     margin = Number(check_radians)
     hardest_margin = Number(check_radians)
+    _floats = MarginLoss._floats | {"hardest_margin"}
     _unsaved = MarginLoss._unsaved | {"m1", "m2", "m3"}
     _options = {**MarginLoss._options, "hardest": int}
 

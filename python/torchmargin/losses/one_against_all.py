@@ -21,6 +21,7 @@ class OneAgainstAll(MarginLoss):
 
     margin = Number(check_not_negative)
     _unsaved = MarginLoss._unsaved | {"m1", "m2", "m3"}
+    _floats = frozenset({"scale", "margin", "t", "positive_weight"})
 
     def __init__(self, in_features: int, num_classes: int, *, scale: float, **common: Unpack[CommonOptions]) -> None:
         """A loss sets what it has of its own, margin and all, together behind this: until then it is a softmax."""
