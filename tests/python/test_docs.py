@@ -266,7 +266,7 @@ CPP_STAND_INS = """
 #include <torchmargin/torchmargin.h>
 #include <iostream>
 [[maybe_unused]] const at::Tensor embeddings = torch::randn({4, 512}), labels = torch::arange(4);
-[[maybe_unused]] const at::Tensor shard = torch::randn({10, 512});
+[[maybe_unused]] const at::Tensor shard = torch::randn({10, 512}), weight = torch::randn({10, 512});
 [[maybe_unused]] const int64_t first_class = 0, num_classes = 10, ranks = 1;
 [[maybe_unused]] const std::string group_name = "0";
 [[maybe_unused]] torchmargin::nn::ArcFaceLoss loss(512, 10);
