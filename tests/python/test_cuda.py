@@ -569,3 +569,36 @@ def test_the_modules_train():
         value.backward()
         assert x.grad.isfinite().all() and all(s.isfinite() for s in statistics)
         assert loss.logits(x).shape == (32, 40)
+
+
+def test_numbers_that_others_write_to_buffers_count():
+    """In training from the first call, or the first after train(), on; in inference at once."""
+    x, y = torch.randn(32, 16, device=DEVICE), torch.randint(0, 40, (32,), device=DEVICE)
+    loss, expected = (torchmargin.ArcFaceLoss(16, 40, device=DEVICE, scale=scale) for scale in (64.0, 10.0))
+    expected.load_state_dict({"weight": loss.weight}, strict=False)
+    loss.number("scale").fill_(10.0)
+    assert torch.equal(loss(x, y), expected(x, y))
+    for mode in (True, False):
+        loss.number("scale").fill_(20.0)
+        assert not torch.equal(loss.train(mode)(x, y), expected(x, y))
+        loss.number("scale").fill_(10.0)
+        assert torch.equal((loss.train() if mode else loss)(x, y), expected(x, y))
+
+
+@needs_gpu
+def test_training_with_a_module_does_not_synchronise():
+    """Nor where others write to its buffers in every step."""
+    x, y = torch.randn(32, 16, device=DEVICE, requires_grad=True), torch.randint(0, 40, (32,), device=DEVICE)
+    losses = [make(16, 40, device=DEVICE) for make in (torchmargin.ArcFaceLoss, torchmargin.CosFaceLoss)]
+    for loss in losses:
+        loss(x, y).backward()  # the first call reads what rank 0 may have given
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
+        for loss in losses:
+            for buffer in loss.buffers():
+                buffer.copy_(buffer.clone())
+            loss(x, y).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -494,6 +494,38 @@ def test_a_number_that_others_write_to_its_buffer_counts_in_training(name, numbe
     assert getattr(loss, number) == value and _equal(after, expected) and not _equal(after, before)
 
 
+def test_where_reading_is_waiting_training_reads_once(monkeypatch):
+    """As on a GPU, where each read waits and DistributedDataParallel writes the buffers in every step."""
+    monkeypatch.setattr("torchmargin.losses.base._is_at_hand", lambda buffer: False)
+    x, y = _batch()
+    values = {scale: _make("ArcFaceLoss", scale=scale)(x, y) for scale in (8.0, 10.0, 12.0, 14.0, 16.0)}
+    loss = _make("ArcFaceLoss", scale=8.0)
+    loss.number("scale").fill_(10.0)
+    assert torch.equal(loss(x, y), values[10.0])  # the first call
+    loss.number("scale").fill_(12.0)
+    assert torch.equal(loss(x, y), values[10.0])
+    loss.scale = 14.0
+    assert torch.equal(loss(x, y), values[14.0])  # what is set counts at once
+    loss.number("scale").fill_(12.0)
+    assert torch.equal(loss.train()(x, y), values[12.0])
+    lent = {"scale": torch.tensor(16.0, dtype=torch.float64)}
+    assert torch.equal(torch.func.functional_call(loss, lent, (x, y)), values[16.0])
+    assert torch.equal(loss(x, y), values[12.0])
+    loss.number("scale").fill_(8.0)
+    assert torch.equal(loss.double()(x, y), values[8.0])  # a cast
+    loss.load_state_dict(_make("ArcFaceLoss", scale=10.0).state_dict())
+    assert torch.equal(loss(x, y), values[10.0])
+    loss.eval()
+    for scale in (12.0, 14.0):  # inference sees every write that autograd's counter sees
+        loss.number("scale").fill_(scale)
+        assert torch.equal(loss(x, y), values[scale])
+        loss.number("scale").data.fill_(8.0)
+        assert torch.equal(loss(x, y), values[scale]) and torch.equal(loss.eval()(x, y), values[8.0])
+    other = copy.deepcopy(loss)
+    other.number("scale").fill_(16.0)
+    assert torch.equal(other(x, y), values[16.0]) and torch.equal(loss(x, y), values[8.0])
+
+
 def test_two_ranks_under_ddp_have_the_numbers_that_rank_0_has_loaded(tmp_path):
     """A checkpoint that rank 0 alone loads before the wrapping: torch's tutorials do it so."""
     context = torch.multiprocessing.get_context("spawn")

@@ -27,6 +27,11 @@ def stays_in_python(method: Method) -> Method:
     return cast(Method, torch.jit.ignore(method))
 
 
+def _is_at_hand(buffer: Tensor) -> bool:
+    """Can it be read without waiting for a device?"""
+    return buffer.is_cpu
+
+
 def _as_always() -> contextlib.AbstractContextManager[object]:
     """What is made inside can be written to outside of inference mode too."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
@@ -809,7 +814,7 @@ class MarginLoss(nn.Module):
                 )
             if wrapped or type(buffer) is not Tensor:
                 continue
-            if not buffer.is_cpu:
+            if not _is_at_hand(buffer):
                 seen, version = self._seen.get(name), version_of(buffer)
                 if seen is not None and seen[0] is buffer and (self.training or seen[1] == version):
                     continue
