@@ -511,6 +511,9 @@ def test_where_reading_is_waiting_training_reads_once(monkeypatch):
     lent = {"scale": torch.tensor(16.0, dtype=torch.float64)}
     assert torch.equal(torch.func.functional_call(loss, lent, (x, y)), values[16.0])
     assert torch.equal(loss(x, y), values[12.0])
+    stacked = {"scale": lent["scale"].expand(2)}
+    torch.vmap(lambda buffers: torch.func.functional_call(loss, buffers, (x, y)))(stacked)
+    assert torch.equal(loss(x, y), values[12.0])
     loss.number("scale").fill_(8.0)
     assert torch.equal(loss.double()(x, y), values[8.0])  # a cast
     loss.load_state_dict(_make("ArcFaceLoss", scale=10.0).state_dict())
@@ -521,9 +524,11 @@ def test_where_reading_is_waiting_training_reads_once(monkeypatch):
         assert torch.equal(loss(x, y), values[scale])
         loss.number("scale").data.fill_(8.0)
         assert torch.equal(loss(x, y), values[scale]) and torch.equal(loss.eval()(x, y), values[8.0])
-    other = copy.deepcopy(loss)
-    other.number("scale").fill_(16.0)
-    assert torch.equal(other(x, y), values[16.0]) and torch.equal(loss(x, y), values[8.0])
+    for writes in range(1, 8):  # a copy's tensors count anew
+        other = copy.deepcopy(loss)
+        for _ in range(writes):
+            other.number("scale").fill_(16.0)
+        assert torch.equal(other(x, y), values[16.0]) and torch.equal(loss(x, y), values[8.0])
 
 
 def test_two_ranks_under_ddp_have_the_numbers_that_rank_0_has_loaded(tmp_path):
@@ -585,6 +590,9 @@ def test_a_number_of_the_op_is_one_for_all_and_has_no_gradient():
     message = "ArcFaceLoss: expected scale to be one number for all, without a gradient"
     with pytest.raises(RuntimeError, match=message):
         torch.vmap(call)(parameters, buffers)
+    same = torch.full((2,), 10.0, dtype=torch.float64)
+    found = torch.vmap(call)(parameters, {**buffers, "scale": same})
+    torch.testing.assert_close(found, losses[0](x, y).expand(2), rtol=1e-12, atol=0)
     buffers["scale"] = losses[0].number("scale")  # the margins of both are in their buffers
     buffers["margin"] = torch.tensor([0.5, 0.1], dtype=torch.float64)
     found = torch.vmap(call, in_dims=(0, {"scale": None, "margin": 0}))(parameters, buffers)

@@ -32,6 +32,16 @@ def _is_at_hand(buffer: Tensor) -> bool:
     return buffer.is_cpu
 
 
+def _values_in_vmap(buffer: Tensor) -> set[float]:
+    """Of a buffer that torch.vmap has stacked; none of one with a gradient."""
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(buffer):
+        buffer = functorch.get_unwrapped(buffer)
+    if buffer.requires_grad or functorch.is_functorch_wrapped_tensor(buffer):
+        return set()
+    return set(buffer.flatten().tolist())
+
+
 def _as_always() -> contextlib.AbstractContextManager[object]:
     """What is made inside can be written to outside of inference mode too."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
@@ -808,10 +818,14 @@ class MarginLoss(nn.Module):
                 continue
             wrapped = torch._C._functorch.is_functorch_wrapped_tensor(buffer)
             if (wrapped or buffer.requires_grad) and name in self._floats:
-                raise RuntimeError(
-                    f"{type(self).__name__}: expected {name} to be one number for all, without a gradient: the op "
-                    f"takes it as a float, which neither autograd nor vmap follows"
-                )
+                values = _values_in_vmap(buffer)
+                if len(values) != 1:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: expected {name} to be one number for all, without a gradient: the op "
+                        f"takes it as a float, which neither autograd nor vmap follows"
+                    )
+                self._numbers[name] = values.pop()
+                self._seen.pop(name, None)
             if wrapped or type(buffer) is not Tensor:
                 continue
             if not _is_at_hand(buffer):
@@ -832,6 +846,10 @@ class MarginLoss(nn.Module):
         super().train(mode)
         self._look_again()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's tensors count their writes anew."""
+        return {**self.__dict__, "_seen": {}}
 
     def _replicate_for_data_parallel(self) -> Self:
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
