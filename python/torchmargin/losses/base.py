@@ -837,14 +837,11 @@ class MarginLoss(nn.Module):
                 self._seen[name] = (buffer, version)
             self._numbers[name] = buffer.item()
 
-    def _look_again(self) -> None:
-        self._seen.clear()
-        self._follow_buffers(tuple(self._numbers))
-
     def train(self, mode: bool = True) -> Self:
         """As any module's; numbers that others have put into their buffers are what compiled calls take from here."""
         super().train(mode)
-        self._look_again()
+        self._seen.clear()
+        self._follow_buffers(tuple(self._numbers))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
