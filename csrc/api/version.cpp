@@ -1,6 +1,6 @@
-#include <torch/version.h>
+#include "torchmargin/version.h"
 
-#include "torchmargin/torchmargin.h"
+#include <torch/version.h>
 
 namespace torchmargin {
 

@@ -9,7 +9,7 @@
 #include "plan/sweep_plan.h"
 #include "torchmargin/presets.h"
 #include "torchmargin/settings.h"
-#include "torchmargin/torchmargin.h"
+#include "torchmargin/version.h"
 
 namespace torchmargin::bindings {
 namespace {

@@ -13,11 +13,3 @@
 #include "torchmargin/settings.h"
 #include "torchmargin/state_dict.h"
 #include "torchmargin/version.h"
-
-namespace torchmargin {
-
-/// The version of the library that runs, and of the torch that it was built for.
-TORCHMARGIN_API const char* version();
-TORCHMARGIN_API const char* built_for_torch();
-
-} // namespace torchmargin
