@@ -243,7 +243,6 @@ class ClassParallel(nn.Module):
         self, embeddings: Tensor, labels: Tensor, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, MarginStatistics]:
         loss, ops = self.loss, torch.ops.torchmargin
-        loss._follow_buffers()
         all_labels = self._labels_of_all(embeddings, labels)
         per_rank = all_labels.shape[0] // self.mesh.size()
         self._check_gradients_agree(embeddings)
@@ -296,7 +295,6 @@ class ClassParallel(nn.Module):
     @torch.no_grad()
     def logits(self, embeddings: Tensor) -> Tensor:
         """The logits [B, C] of this rank's rows without a margin, for inference. Every rank calls it."""
-        self.loss._follow_buffers()
         sent = self._for_all_rows(embeddings, self._local_logits)
         count, ranks = embeddings.shape[0], self.mesh.size()
         found = []
@@ -312,7 +310,6 @@ class ClassParallel(nn.Module):
         Of equal logits the first class counts, and NaN is the largest, as in torch.max. No rank holds logits of more
         than its own classes. Every rank calls it.
         """
-        self.loss._follow_buffers()
         best = self._for_all_rows(embeddings, self._local_top1)
         found = self._all_to_all(torch.stack(best, 1)).view(self.mesh.size(), -1, 2)[:, : embeddings.shape[0]]
         largest = found[..., 0].amax(0)
@@ -350,6 +347,7 @@ class ClassParallel(nn.Module):
 
     def _check_call(self, embeddings: Tensor, labels: Tensor, prepared: tuple[Tensor, Tensor, int] | None) -> None:
         self._check_wrapping()
+        self.loss._follow_buffers()  # refuses what is lent with a gradient
         if prepared is not None and (prepared[0] is not labels or prepared[2] != version_of(labels)):
             raise RuntimeError(
                 "ClassParallel: expected the labels that prepare() was given, as they were, but got others"
@@ -533,6 +531,7 @@ class ClassParallel(nn.Module):
         count, refusal = 0, None
         try:
             self._check_wrapping()
+            self.loss._follow_buffers()
             if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or embeddings.shape[1] != self.in_features:
                 raise RuntimeError(f"ClassParallel: expected embeddings [B, {self.in_features}]")
             self._check_dtype(embeddings)

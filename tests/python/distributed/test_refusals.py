@@ -124,6 +124,27 @@ def test_bad_rows_of_one_rank_for_inference(method):
             assert error is not None and ("rank 2 of the group refused its arguments" in error) == (rank != 2)
 
 
+def bad_number(rank, world, method):
+    head = make_head(world)
+    given = batch(rank)[: 2 if method == "forward" else 1]
+    raised = None
+    buffer = head.loss._buffers["scale"]
+    buffer.requires_grad_(rank == 2)
+    try:
+        getattr(head, method)(*given)
+    except RuntimeError as error:
+        raised = str(error)
+    buffer.requires_grad_(False)
+    getattr(head, method)(*given)
+    return raised
+
+
+@pytest.mark.parametrize("method", ["forward", "logits", "top1"])
+def test_a_number_with_a_gradient_on_one_rank(method):
+    for rank, raised in enumerate(on(3, bad_number, method, seconds=20)):
+        assert ("expected scale to be one number for all" if rank == 2 else "rank 2 of the group refused") in raised
+
+
 def not_finite(rank, world, value, of_head):
     x, y = batch(rank)
     if rank == 2:
