@@ -63,6 +63,8 @@ class _Pool:
         return outcomes
 
     def _grow(self, world):
+        """Starts what is missing. Imports take as long as they take: they do not count as a function's seconds."""
+        begun = len(self._pipes)
         for rank in range(len(self._processes), world):
             ours, theirs = self._context.Pipe()
             arguments = (rank, theirs, f"{self._folder.name}/stack{rank}")
@@ -71,6 +73,8 @@ class _Pool:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
+        for pipe in self._pipes[begun:]:
+            pipe.recv_bytes()
 
     def _stacks(self, ranks):
         for rank in ranks:
@@ -110,11 +114,14 @@ def _serve(rank, pipe, stack):
     import torch
     import torch.distributed as dist
 
+    import torchmargin  # noqa: F401
+
     faulthandler.register(signal.SIGUSR1, file=open(stack, "w"))
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch.*")
     joined = None
+    pipe.send_bytes(b"")
     while (task := _received(pipe)) is not None:
         world, backend, store, module, name, args = task
         try:
