@@ -34,5 +34,5 @@ elif ! printf '#include <concepts>\n#if __cplusplus < 202002L\n#error C++20\n#en
 fi
 
 free=$(df -Pm . | awk 'NR == 2 { print $4 }')
-[ "${free:-99999}" -ge 6900 ] || printf 'torchmargin: only %s MB are free here; the environment takes 5.5 GB and the build 0.75 GB\n' "$free" >&2
+[ "${free:-99999}" -ge 7400 ] || printf 'torchmargin: only %s MB are free here; the environment takes 5.7 GB and the build 1.2 GB\n' "$free" >&2
 exit "$missing"
