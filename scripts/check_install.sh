@@ -26,6 +26,9 @@ without_nvcc=""
 IFS=: read -ra places <<< "$PATH"
 for place in "${places[@]}"; do [ -x "$place/nvcc" ] || without_nvcc="$without_nvcc:$place"; done
 export PATH="${without_nvcc#:}" PIP_DISABLE_PIP_VERSION_CHECK=1
+# Nothing includes by chance what only the precompiled header does. NB: ccache does not know a precompiled header again that
+# is made anew where one is, as in the build folders that are kept here.
+export TORCHMARGIN_CMAKE_ARGS="${TORCHMARGIN_CMAKE_ARGS:-} -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON"
 command -v nvcc && { echo "there still is an nvcc"; exit 1; }
 
 # The clone has its environment where `make` has it: hard links, so that gigabytes take seconds.
