@@ -531,7 +531,7 @@ class ClassParallel(nn.Module):
         count, refusal = 0, None
         try:
             self._check_wrapping()
-            self.loss._follow_buffers()
+            self.loss._follow_buffers()  # may refuse, as in _check_call
             if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or embeddings.shape[1] != self.in_features:
                 raise RuntimeError(f"ClassParallel: expected embeddings [B, {self.in_features}]")
             self._check_dtype(embeddings)
